@@ -1,0 +1,63 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "engine/monitor.h"
+#include "kernels/base/context.h"
+#include "kernels/base/dtype.h"
+
+namespace moesaic::converter {
+
+/// What `moesaic convert` was asked for.
+struct ConvertOptions {
+  std::filesystem::path model;
+  std::filesystem::path output;
+  std::string data = "self";  // a text file, or "self": text that the model samples itself
+  double active =
+      0.5;  // mean active fraction of the MLPs over all layers, router and bypass counted
+  std::string recipe = "fast";
+  std::int64_t tokens = 0;  // calibration tokens; 0: the recipe's default
+  bool resume = false;      // continue from the state an earlier run left beside the output
+  std::uint64_t seed = 0;
+  std::optional<DType> expert_dtype;  // default: the dense MLP's own format where it can be written
+  std::optional<DType> router_dtype;
+};
+
+/// One layer of the report.
+struct LayerReport {
+  int layer = 0;
+  std::string kind;  // "dense" or "glu+low_rank"
+  std::int64_t n_shared = 0, n_experts = 0, n_active = 0, router_rank = 0, bypass_rank = 0;
+  double active_fraction = 1;
+  double sensitivity =
+      0;  // rise of the mean nll on calibration text with this layer alone converted
+  double error_closed_form =
+      0;  // ω-weighted output error over ω-weighted output variance, held-out tokens
+  double error_distilled = 0;       // the same after distillation
+  std::vector<float> expert_usage;  // [n_experts] share of calibration tokens that select each
+};
+
+/// What `convert` leaves beside its output as JSON and HTML.
+struct ConvertReport {
+  double seconds = 0;  // of all runs that made this file
+  std::int64_t peak_memory_bytes = 0;
+  double active_fraction = 0;
+  std::int64_t n_tokens = 0;
+  std::string source_digest, data_digest;  // SHA-256
+  std::vector<LayerReport> layers;
+};
+
+/// Converts (DESIGN.md section 2, steps 1 to 6). Says beforehand through monitor.line() how much
+/// memory and disk it needs. Holds one layer's activations at a time. After every layer its result
+/// is kept in OUTPUT.state/ (atomic files); with resume, layers found there for the same options,
+/// checkpoint and data are taken over, and the output is byte for byte what an uninterrupted run
+/// gives with the same seed and thread count. The state is removed after the output was written.
+/// Also writes OUTPUT.report.json and OUTPUT.report.html. Throws InputError (bad options; state of
+/// another conversion), FormatError, IoError, Interrupted (state kept).
+ConvertReport convert(const ConvertOptions& options, Context& ctx, engine::Monitor& monitor);
+
+}  // namespace moesaic::converter

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "engine/kv_cache.h"
+#include "kernels/base/view.h"
+
+namespace moesaic::engine {
+
+/// Sizes that the engine must know of any decoder.
+struct DecoderShape {
+  int n_layers = 0;
+  int n_kv_heads = 0;
+  int head_dim = 0;
+  std::int64_t vocab_size = 0;
+  std::int64_t context_length = 0;  // positions the checkpoint was trained for
+};
+
+/// One forward pass: rows of any sequences, each with its place, and the rows whose logits are
+/// wanted.
+struct Batch {
+  std::span<const std::int32_t> tokens;  // [n_tokens]
+  std::span<const std::int32_t> slots;   // [n_tokens] sequence in the cache
+  std::span<const std::int32_t>
+      positions;  // [n_tokens] place in the sequence; earlier ones must be in the cache
+  std::span<const std::int32_t> outputs;  // rows of this batch that want logits, ascending
+};
+
+/// What the engine asks of a model: the one interface between engine/ and models/.
+class Decoder {
+ public:
+  virtual ~Decoder() = default;
+  virtual DecoderShape shape() const = 0;
+  /// Runs the batch, writes its keys and values to the cache, and the logits [outputs.size(),
+  /// vocab_size]. Throws ShapeError, InputError (token id out of range, position beyond the cache).
+  virtual void forward(const Batch& batch, KvCache& cache, Matrix logits) = 0;
+};
+
+}  // namespace moesaic::engine

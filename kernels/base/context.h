@@ -1,0 +1,22 @@
+#pragma once
+
+#include "kernels/base/tally.h"
+#include "kernels/base/thread_pool.h"
+#include "kernels/base/workspace.h"
+
+namespace moesaic {
+
+/// Precision in which activations enter a matrix product. Sums are float32 in both. The residual
+/// stream, norms, softmax and the attention cache are float32 in both.
+enum class Activations { F32, BF16 };
+
+/// What every kernel call needs from its caller besides tensors: threads, scratch memory, the byte
+/// tally and the activation precision. Borrowed; one kernel at a time per context.
+struct Context {
+  ThreadPool& pool;
+  Workspace& workspace;
+  Tally& tally;
+  Activations activations = Activations::F32;
+};
+
+}  // namespace moesaic

@@ -1,0 +1,128 @@
+#include "kernels/base/thread_pool.h"
+
+#include <algorithm>
+
+#include "kernels/base/error.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace moesaic {
+namespace {
+
+// About 50 µs of spinning: longer than the gap between two kernels of a decode step, shorter than a
+// scheduler slice.
+constexpr int kSpins = 4000;
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// Spins until done(); gives the core away now and then, so that more threads than cores still make
+// progress.
+template <class Done>
+void spin_until(Done&& done) {
+  for (int i = 0; !done(); ++i) {
+    if (i < kSpins) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+}  // namespace
+
+Range split(std::int64_t n, int n_parts, int part, std::int64_t align) {
+  const std::int64_t units = (n + align - 1) / align;
+  const std::int64_t begin = units * part / n_parts * align;
+  const std::int64_t end = units * (part + 1) / n_parts * align;
+  return {std::min(begin, n), std::min(end, n)};
+}
+
+ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads) {
+  require<InputError>(n_threads >= 1 && n_threads <= 1024, "threads: {} given, expected 1 to 1024",
+                      n_threads);
+  errors_.resize(static_cast<std::size_t>(n_threads));
+  for (int i = 1; i < n_threads; ++i) threads_.emplace_back([this, i] { worker(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  for (std::thread& t : threads_) t.join();
+}
+
+void ThreadPool::run_erased(Task task, void* arg) {
+  if (n_threads_ == 1) {
+    task(arg, 0);
+    return;
+  }
+  task_ = task;
+  arg_ = arg;
+  running_.store(n_threads_ - 1, std::memory_order_relaxed);
+  epoch_.fetch_add(1, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+    const std::lock_guard lock(mutex_);
+    wake_.notify_all();
+  }
+  try {
+    task(arg, 0);
+  } catch (...) {
+    errors_[0] = std::current_exception();
+  }
+  spin_until([&] { return running_.load(std::memory_order_acquire) == 0; });
+  for (std::exception_ptr& e : errors_) {
+    if (e) {
+      std::exception_ptr first = e;
+      std::fill(errors_.begin(), errors_.end(), nullptr);
+      std::rethrow_exception(first);
+    }
+  }
+}
+
+void ThreadPool::worker(int thread) {
+  std::uint64_t seen = 0;
+  for (;;) {
+    bool ready = false;
+    for (int i = 0; i < kSpins && !ready; ++i) {
+      ready = epoch_.load(std::memory_order_acquire) != seen;
+      if (!ready) pause();
+    }
+    if (!ready) {
+      std::unique_lock lock(mutex_);
+      sleepers_.fetch_add(1, std::memory_order_seq_cst);
+      wake_.wait(lock, [&] { return stop_ || epoch_.load(std::memory_order_seq_cst) != seen; });
+      sleepers_.fetch_sub(1, std::memory_order_relaxed);
+      if (stop_ && epoch_.load(std::memory_order_relaxed) == seen) return;
+    }
+    ++seen;
+    try {
+      task_(arg_, thread);
+    } catch (...) {
+      errors_[static_cast<std::size_t>(thread)] = std::current_exception();
+    }
+    running_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+void ThreadPool::barrier() {
+  if (n_threads_ == 1) return;
+  const std::uint32_t phase = barrier_phase_.load(std::memory_order_relaxed);
+  if (barrier_waiting_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
+    barrier_waiting_.store(0, std::memory_order_relaxed);
+    barrier_phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  spin_until([&] { return barrier_phase_.load(std::memory_order_acquire) != phase; });
+}
+
+}  // namespace moesaic

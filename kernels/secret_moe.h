@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kernels/activation.h"
+#include "kernels/base/context.h"
+#include "kernels/base/view.h"
+
+namespace moesaic::kernels {
+
+/// One secret-MoE layer with single-neuron GLU experts behind a low-rank router, no gate (DESIGN.md
+/// section 1):
+///
+///   f_i(x) = φ(w_gate,i · x)(w_up,i · x)                          one neuron's activation
+///   R(x)   = U (V x) + c                                          scores of the n_experts routed
+///   neurons y      = b + Σ_{i∈shared} f_i(x) w_down,i + Σ_{i∈TopK(R(x))} (f_i(x) − μ_i) w_down,i +
+///   P (Q x)
+///
+/// μ_i is the neuron's mean over calibration: what an unselected neuron is taken to contribute; Σ
+/// μ_i w_down,i is part of b. Rows 3i, 3i+1, 3i+2 of `experts` are w_gate,i, w_up,i, w_down,i, so
+/// that one selected expert is one contiguous read. Source: arXiv 2512.18452 (router, shared part);
+/// our own start from the teacher's neurons.
+struct SecretMoeView {
+  Activation phi = Activation::Silu;
+  std::int64_t n_active = 0;           // k, routed neurons that run per token; 0 <= k <= n_experts
+  WeightView shared;                   // [3 n_shared, d_model]
+  WeightView experts;                  // [3 n_experts, d_model]
+  std::span<const float> expert_mean;  // μ [n_experts]
+  WeightView router_v;                 // V [router_rank, d_model]
+  WeightView router_u;                 // U [n_experts, router_rank]
+  std::span<const float> router_bias;  // c [n_experts]
+  WeightView bypass_q;                 // Q [bypass_rank, d_model], may be empty
+  WeightView bypass_p;                 // P [d_model, bypass_rank], may be empty
+  std::span<const float> bias;         // b [d_model]
+
+  std::int64_t d_model() const { return static_cast<std::int64_t>(bias.size()); }
+  std::int64_t n_shared() const { return shared.rows / 3; }
+  std::int64_t n_experts() const { return experts.rows / 3; }
+  std::int64_t router_rank() const { return router_v.rows; }
+  std::int64_t bypass_rank() const { return bypass_q.rows; }
+};
+
+/// How a batch is computed. All paths give the same selection and, up to float32 summation order,
+/// the same result.
+enum class MoePath {
+  Auto,  // by batch size, see choose_moe_path
+  Gather,  // token by token: router → top-k → gather → expert → scatter-add, fused, nothing kept
+           // but the k ids
+  Grouped,  // tokens sorted by expert: each expert that any token selected is read once
+  Masked,   // all experts by dense GEMM, unselected activations set to zero: bytes and work of the
+            // dense MLP
+};
+
+/// The path that Auto takes for a batch of n_tokens.
+MoePath choose_moe_path(const SecretMoeView& layer, std::int64_t n_tokens);
+
+/// y_t = secret_moe(x_t).   x, y [n_tokens, d_model] (distinct memory). `selected`, if not empty,
+/// receives the chosen expert ids [n_tokens, n_active], ascending per token. Touches router,
+/// bypass, shared and (Gather, Grouped) only the selected experts, and tallies exactly those bytes.
+/// Deterministic for a given thread count. Throws ShapeError.
+void secret_moe(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix y,
+                MoePath path = MoePath::Auto, std::span<std::int32_t> selected = {});
+
+/// Throws ShapeError naming the part unless all shapes of the layer fit each other.
+void check_shapes(const SecretMoeView& layer);
+
+}  // namespace moesaic::kernels

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <variant>
+
+#include "kernels/activation.h"
+#include "kernels/base/context.h"
+#include "kernels/secret_moe.h"
+
+namespace moesaic::models {
+
+/// The gated MLP of a checkpoint:  y = W_down (φ(W_gate x) ⊙ (W_up x)).
+struct DenseMlp {
+  kernels::Activation phi = kernels::Activation::Silu;
+  WeightView w_gate;  // [d_ff, d_model]
+  WeightView w_up;    // [d_ff, d_model]
+  WeightView w_down;  // [d_model, d_ff]
+};
+
+/// The MLP of one layer, in either form. Weights are borrowed.
+using Mlp = std::variant<DenseMlp, kernels::SecretMoeView>;
+
+/// y = mlp(x).   x, y [n_tokens, d_model], distinct memory. `selected`: as in kernels::secret_moe;
+/// left alone by a dense MLP.
+void mlp_forward(Context& ctx, const Mlp& mlp, ConstMatrix x, Matrix y,
+                 std::span<std::int32_t> selected = {});
+
+/// Multiply-adds per token of the layer: 3 · d_model · d_ff for the dense form; router, bypass,
+/// shared and selected neurons for the other.
+std::int64_t multiply_adds(const Mlp& mlp);
+
+}  // namespace moesaic::models
