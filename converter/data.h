@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "engine/monitor.h"
+#include "models/tokenizer.h"
+#include "models/transformer.h"
+
+namespace moesaic::converter {
+
+/// Calibration text, cut into windows that the model sees from position 0 on.
+struct Calibration {
+  std::vector<std::int32_t>
+      tokens;  // [n_windows · n_ctx], each window starting with BOS where the model wants it
+  std::int64_t n_ctx = 512;
+  std::string digest;  // SHA-256 of the ids, hex
+
+  std::int64_t n_windows() const { return static_cast<std::int64_t>(tokens.size()) / n_ctx; }
+};
+
+/// Windows of a UTF-8 text file, at most max_tokens in all, taken evenly over the file if it holds
+/// more. `<unk>`, the placeholder of word-level WikiText that raw text has none of, is replaced by
+/// a plain word. Throws InputError (empty, not UTF-8, shorter than two windows: says how many
+/// tokens were found and are needed), IoError.
+Calibration load_calibration(const std::filesystem::path& path, const models::Tokenizer& tokenizer,
+                             std::int64_t n_ctx, std::int64_t max_tokens);
+
+/// Text that the model samples itself (data-free conversion): windows drawn token by token at
+/// temperature 1 from the model's full distribution, starting from BOS (or EOS where there is no
+/// BOS wanted, as texts do in training). n_tokens rounded down to whole windows, at least two. The
+/// same seed and thread count give the same ids.
+Calibration sample_calibration(models::Transformer& model, const models::Tokenizer& tokenizer,
+                               std::int64_t n_ctx, std::int64_t n_tokens, std::uint64_t seed,
+                               engine::Monitor& monitor);
+
+}  // namespace moesaic::converter
