@@ -1,0 +1,157 @@
+#include "engine/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/base/error.h"
+
+namespace moesaic::engine {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// e^(logit − max), also where both are infinite: the largest logits weigh 1.
+double weight(float logit, float max) {
+  return logit == max ? 1.0 : std::exp(static_cast<double>(logit) - max);
+}
+
+}  // namespace
+
+void validate(const SamplingOptions& options) {
+  require<InputError>(std::isfinite(options.temperature) && options.temperature >= 0,
+                      "temperature: {} given, expected a number >= 0", options.temperature);
+  require<InputError>(options.top_k >= 0, "top_k: {} given, expected >= 0 (0: off)", options.top_k);
+  require<InputError>(options.top_p >= 0 && options.top_p <= 1,
+                      "top_p: {} given, expected 0 to 1 (1: off)", options.top_p);
+  require<InputError>(options.min_p >= 0 && options.min_p <= 1,
+                      "min_p: {} given, expected 0 to 1 (0: off)", options.min_p);
+  require<InputError>(std::isfinite(options.repeat_penalty) && options.repeat_penalty > 0,
+                      "repeat_penalty: {} given, expected a number > 0 (1: off)",
+                      options.repeat_penalty);
+  require<InputError>(options.repeat_last_n >= -1,
+                      "repeat_last_n: {} given, expected >= -1 (0: off, -1: all)",
+                      options.repeat_last_n);
+}
+
+Sampler::Sampler(const SamplingOptions& options) : options_(options), rng_(options.seed) {
+  validate(options);
+}
+
+std::int32_t Sampler::sample(std::span<const float> logits, std::span<const std::int32_t> history) {
+  require<Error>(!logits.empty(), "sampler: no logits to draw from");
+  const bool penalise = options_.repeat_penalty != 1.0F && options_.repeat_last_n != 0;
+  if (options_.temperature == 0 && !penalise) {
+    const std::int32_t best = argmax(logits);
+    require<Error>(!std::isnan(logits[static_cast<std::size_t>(best)]),
+                   "sampler: every logit is NaN");
+    return best;
+  }
+
+  candidates_.resize(logits.size());
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    candidates_[i] = {logits[i], static_cast<std::int32_t>(i)};
+  }
+  if (penalise) {
+    if (options_.repeat_last_n > 0) {
+      history =
+          history.last(std::min(history.size(), static_cast<std::size_t>(options_.repeat_last_n)));
+    }
+    for (const std::int32_t id : history) {
+      if (id < 0 || static_cast<std::size_t>(id) >= logits.size()) continue;
+      // From the raw logit, so that a token that stands there twice is penalised once.
+      const float raw = logits[static_cast<std::size_t>(id)];
+      candidates_[static_cast<std::size_t>(id)].logit =
+          raw > 0 ? raw / options_.repeat_penalty : raw * options_.repeat_penalty;
+    }
+  }
+  std::erase_if(candidates_, [](const Candidate& c) { return std::isnan(c.logit); });
+  require<Error>(!candidates_.empty(), "sampler: every logit is NaN");
+
+  const auto before = [](const Candidate& a, const Candidate& b) {
+    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+  };
+  if (options_.temperature == 0) {
+    return std::min_element(candidates_.begin(), candidates_.end(), before)->id;
+  }
+
+  std::size_t kept = candidates_.size();
+  if (options_.top_k > 0 && static_cast<std::size_t>(options_.top_k) < kept) {
+    kept = static_cast<std::size_t>(options_.top_k);
+    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(kept),
+                     candidates_.end(), before);
+    candidates_.resize(kept);
+  }
+  float max = -kInfinity;
+  for (const Candidate& c : candidates_) max = std::max(max, c.logit);
+
+  if (options_.top_p < 1) {
+    double total = 0;
+    for (const Candidate& c : candidates_) total += weight(c.logit, max);
+    // The most likely ones are sorted in growing pieces: a whole sort of a large vocabulary would
+    // cost more than the forward pass of a small model.
+    double sum = 0;
+    std::size_t sorted = 0;
+    std::size_t n = 0;
+    do {
+      if (n == sorted) {
+        const std::size_t end = std::min(kept, std::max<std::size_t>(64, 4 * sorted));
+        std::partial_sort(candidates_.begin() + static_cast<std::ptrdiff_t>(sorted),
+                          candidates_.begin() + static_cast<std::ptrdiff_t>(end), candidates_.end(),
+                          before);
+        sorted = end;
+      }
+      sum += weight(candidates_[n++].logit, max);
+    } while (n < kept && sum < options_.top_p * total);
+    kept = n;
+    candidates_.resize(kept);
+  }
+  if (options_.min_p > 0) {
+    std::erase_if(candidates_,
+                  [&](const Candidate& c) { return weight(c.logit, max) < options_.min_p; });
+  }
+
+  double total = 0;
+  const auto tempered = [&](const Candidate& c) {
+    if (c.logit == max) return 1.0;
+    return std::exp((static_cast<double>(c.logit) - max) / options_.temperature);
+  };
+  for (const Candidate& c : candidates_) total += tempered(c);
+  // 53 random bits as a number in [0, 1): std::uniform_real_distribution may differ by library.
+  const double u = static_cast<double>(rng_() >> 11) * 0x1p-53 * total;
+  double sum = 0;
+  const Candidate* last = nullptr;
+  for (const Candidate& c : candidates_) {
+    const double w = tempered(c);
+    if (w > 0) last = &c;  // a weight that underflowed is never drawn
+    sum += w;
+    if (u < sum) break;
+  }
+  return last->id;
+}
+
+std::int32_t argmax(std::span<const float> logits) {
+  std::int32_t best = 0;
+  float max = -kInfinity;
+  bool found = false;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    // The comparison is false for NaN; `found` lets a −∞ win over a NaN before it.
+    if (logits[i] > max || (!found && logits[i] == max)) {
+      best = static_cast<std::int32_t>(i);
+      max = logits[i];
+      found = true;
+    }
+  }
+  return best;
+}
+
+double log_sum_exp(std::span<const float> logits) {
+  float max = -kInfinity;
+  for (const float x : logits) max = std::max(max, x);
+  if (std::isinf(max)) return max;  // all −∞ (or none at all), or a +∞ among them
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(static_cast<double>(x) - max);
+  return max + std::log(sum);
+}
+
+}  // namespace moesaic::engine
