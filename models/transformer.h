@@ -63,6 +63,10 @@ class Transformer : public engine::Decoder {
   engine::DecoderShape shape() const override { return config().shape(); }
   void forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) override;
 
+  /// forward() without the head: r [n_tokens, d_model] receives the residual stream after the last
+  /// layer. `batch.outputs` is not looked at. Throws as forward().
+  void run_layers(const engine::Batch& batch, engine::KvCache& cache, Matrix r);
+
   // The steps of forward(), r [n_tokens, d_model] being the residual stream.
   void embed(std::span<const std::int32_t> tokens, Matrix r);
   void attention_block(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache,
@@ -78,6 +82,9 @@ class Transformer : public engine::Decoder {
   void set_selection_observer(SelectionObserver observer) { observer_ = std::move(observer); }
 
  private:
+  void check_batch(const engine::Batch& batch, const engine::KvCache& cache) const;
+  void mlp_block(int layer, Matrix r);
+
   std::shared_ptr<const Checkpoint> checkpoint_;
   Context& ctx_;
   std::vector<std::vector<float>> rope_freq_;  // [n_layers][head_dim / 2]

@@ -1,0 +1,170 @@
+#include "models/transformer.h"
+
+#include <algorithm>
+#include <map>
+
+#include "kernels/attention.h"
+#include "kernels/base/error.h"
+#include "kernels/embedding.h"
+#include "kernels/linear.h"
+#include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+
+namespace moesaic::models {
+namespace {
+
+// A matrix in scratch memory.
+Matrix take(Workspace& workspace, std::int64_t rows, std::int64_t cols) {
+  return {workspace.take<float>(static_cast<std::size_t>(rows * cols)).data(), rows, cols};
+}
+
+// Each head of each row as a row of its own; `x` contiguous.
+Matrix heads(Matrix x, int head_dim) { return {x.data, x.rows * (x.cols / head_dim), head_dim}; }
+
+}  // namespace
+
+Transformer::Transformer(std::shared_ptr<const Checkpoint> checkpoint, Context& ctx)
+    : checkpoint_(std::move(checkpoint)), ctx_(ctx) {
+  std::map<double, std::vector<float>> tables;
+  for (const ModelConfig::Layer& layer : config().layers) {
+    auto [table, added] = tables.try_emplace(layer.rope_base);
+    if (added) table->second = kernels::rope_frequencies(config().head_dim, layer.rope_base);
+    rope_freq_.push_back(table->second);
+  }
+}
+
+void Transformer::check_batch(const engine::Batch& batch, const engine::KvCache& cache) const {
+  const std::size_t n = batch.tokens.size();
+  require<ShapeError>(batch.slots.size() == n && batch.positions.size() == n,
+                      "batch: {} tokens, {} slots and {} positions, expected as many of each", n,
+                      batch.slots.size(), batch.positions.size());
+  require<ShapeError>(cache.n_layers() == config().n_layers, "KV cache of {} layers, expected {}",
+                      cache.n_layers(), config().n_layers);
+  for (std::size_t t = 0; t < n; ++t) {
+    require<ShapeError>(batch.slots[t] >= 0 && batch.slots[t] < cache.n_slots(),
+                        "batch: row {} is of slot {}, the cache has {}", t, batch.slots[t],
+                        cache.n_slots());
+    require<InputError>(batch.positions[t] >= 0 && batch.positions[t] < cache.capacity(),
+                        "batch: row {} stands at position {}, the cache holds {}", t,
+                        batch.positions[t], cache.capacity());
+  }
+}
+
+void Transformer::forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) {
+  const auto n_outputs = static_cast<std::int64_t>(batch.outputs.size());
+  require<ShapeError>(
+      logits.rows == n_outputs && (n_outputs == 0 || logits.cols == config().vocab_size),
+      "logits are [{}, {}], expected [{}, {}]", logits.rows, logits.cols, n_outputs,
+      config().vocab_size);
+  const Workspace::Scope scope(ctx_.workspace);
+  const Matrix r =
+      take(ctx_.workspace, static_cast<std::int64_t>(batch.tokens.size()), config().d_model);
+  std::int32_t previous = -1;
+  for (const std::int32_t row : batch.outputs) {
+    require<ShapeError>(row > previous && row < r.rows,
+                        "batch: output row {} after {}, expected ascending rows of {}", row,
+                        previous, r.rows);
+    previous = row;
+  }
+  run_layers(batch, cache, r);
+  if (n_outputs == 0) return;
+  if (n_outputs == r.rows) {
+    head(r, logits);
+    return;
+  }
+  // Ascending rows: moved to the front in place.
+  for (std::int64_t i = 0; i < n_outputs; ++i) {
+    const std::int64_t row = batch.outputs[static_cast<std::size_t>(i)];
+    if (row != i) std::copy_n(r.row(row), r.cols, r.row(i));
+  }
+  head(r.slice(0, n_outputs), logits);
+}
+
+void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache, Matrix r) {
+  check_batch(batch, cache);
+  if (batch.tokens.empty()) return;
+  embed(batch.tokens, r);
+  const kernels::TokenPlaces places{batch.slots, batch.positions};
+  for (int layer = 0; layer < config().n_layers; ++layer) {
+    attention_block(layer, places, cache, r);
+    mlp_block(layer, r);
+  }
+}
+
+void Transformer::embed(std::span<const std::int32_t> tokens, Matrix r) {
+  kernels::embed(ctx_, checkpoint_->embedding, tokens, config().embedding_scale, r);
+}
+
+void Transformer::attention_block(int layer, const kernels::TokenPlaces& places,
+                                  engine::KvCache& cache, Matrix r) {
+  const ModelConfig& c = config();
+  const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
+  const ModelConfig::Layer& kind = c.layers[static_cast<std::size_t>(layer)];
+  const std::vector<float>& freq = rope_freq_[static_cast<std::size_t>(layer)];
+  const kernels::KvLayerView kv = cache.layer(layer);
+
+  const Workspace::Scope scope(ctx_.workspace);
+  const Matrix n = take(ctx_.workspace, r.rows, c.d_model);
+  const Matrix q = take(ctx_.workspace, r.rows, w.w_q.rows);
+  const Matrix k = take(ctx_.workspace, r.rows, w.w_k.rows);
+  const Matrix v = take(ctx_.workspace, r.rows, w.w_v.rows);
+  kernels::rms_norm(ctx_, r, w.attn_norm, c.norm_eps, n);
+  kernels::linear(ctx_, w.w_q, n, q, Traffic::Attention);
+  kernels::linear(ctx_, w.w_k, n, k, Traffic::Attention);
+  kernels::linear(ctx_, w.w_v, n, v, Traffic::Attention);
+  if (!w.q_norm.empty()) {
+    const Matrix q_heads = heads(q, c.head_dim);
+    const Matrix k_heads = heads(k, c.head_dim);
+    kernels::rms_norm(ctx_, q_heads, w.q_norm, c.norm_eps, q_heads);
+    kernels::rms_norm(ctx_, k_heads, w.k_norm, c.norm_eps, k_heads);
+  }
+  kernels::rope(ctx_, q, c.head_dim, places.positions, freq, c.rope_style);
+  kernels::rope(ctx_, k, c.head_dim, places.positions, freq, c.rope_style);
+  kernels::store_kv(ctx_, k, v, places, kv);
+  const Matrix mixed = take(ctx_.workspace, r.rows, w.w_q.rows);
+  kernels::attention(ctx_, q, places, kv, c.n_heads, c.attention_scale, kind.window, mixed);
+  if (w.post_attn_norm.empty()) {
+    kernels::linear(ctx_, w.w_o, mixed, r, Traffic::Attention, true);
+  } else {
+    kernels::linear(ctx_, w.w_o, mixed, n, Traffic::Attention);
+    kernels::rms_norm(ctx_, n, w.post_attn_norm, c.norm_eps, n);
+    kernels::add(ctx_, n, r);
+  }
+}
+
+void Transformer::mlp_block(int layer, Matrix r) {
+  const Mlp& mlp = checkpoint_->layers[static_cast<std::size_t>(layer)].mlp;
+  const Workspace::Scope scope(ctx_.workspace);
+  const Matrix x = take(ctx_.workspace, r.rows, r.cols);
+  const Matrix y = take(ctx_.workspace, r.rows, r.cols);
+  mlp_input(layer, r, x);
+  const auto* moe = std::get_if<kernels::SecretMoeView>(&mlp);
+  std::span<std::int32_t> selected;
+  if (observer_ && moe != nullptr) {
+    selected = ctx_.workspace.take<std::int32_t>(static_cast<std::size_t>(r.rows * moe->n_active));
+  }
+  mlp_forward(ctx_, mlp, x, y, selected);
+  if (observer_ && moe != nullptr) observer_(layer, r.rows, selected);
+  add_mlp_output(layer, y, r);
+}
+
+void Transformer::mlp_input(int layer, ConstMatrix r, Matrix x) {
+  kernels::rms_norm(ctx_, r, checkpoint_->layers[static_cast<std::size_t>(layer)].mlp_norm,
+                    config().norm_eps, x);
+}
+
+void Transformer::add_mlp_output(int layer, Matrix y, Matrix r) {
+  const std::span<const float> norm =
+      checkpoint_->layers[static_cast<std::size_t>(layer)].post_mlp_norm;
+  if (!norm.empty()) kernels::rms_norm(ctx_, y, norm, config().norm_eps, y);
+  kernels::add(ctx_, y, r);
+}
+
+void Transformer::head(ConstMatrix r, Matrix logits) {
+  const Workspace::Scope scope(ctx_.workspace);
+  const Matrix n = take(ctx_.workspace, r.rows, r.cols);
+  kernels::rms_norm(ctx_, r, checkpoint_->output_norm, config().norm_eps, n);
+  kernels::linear(ctx_, checkpoint_->head, n, logits, Traffic::Head);
+}
+
+}  // namespace moesaic::models
