@@ -1,0 +1,454 @@
+#include "converter/convert.h"
+
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "converter/allot.h"
+#include "converter/assemble.h"
+#include "converter/data.h"
+#include "converter/digest.h"
+#include "converter/distill.h"
+#include "converter/fit.h"
+#include "converter/linalg.h"
+#include "converter/recipe.h"
+#include "converter/report.h"
+#include "converter/sensitivity.h"
+#include "converter/state.h"
+#include "converter/stream.h"
+#include "kernels/quant.h"
+#include "models/gguf_writer.h"
+#include "models/tokenizer.h"
+#include "models/transformer.h"
+
+namespace moesaic::converter {
+namespace {
+
+constexpr std::int64_t kContext = 512;  // window length of calibration
+constexpr std::int64_t kTile = 2048;    // rows per pass of a converted layer
+
+std::int64_t peak_memory_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<std::int64_t>(usage.ru_maxrss) * 1024;
+}
+
+// The options as given, completed by what the checkpoint implies.
+struct Job {
+  const ConvertOptions& options;
+  const Recipe& recipe;
+  std::int64_t n_tokens;
+  PlanShape shape;
+};
+
+// The format of a layer's expert rows: what was asked for, else the dense layer's own where it can
+// be written and d_model is a whole number of its blocks, else Q8_0, else BF16.
+DType expert_dtype(const ConvertOptions& options, const models::DenseMlp& mlp) {
+  const std::int64_t d = mlp.w_gate.cols;
+  const auto fits = [&](DType t) {
+    return kernels::can_quantize(t) && d % traits(t).block_elems == 0;
+  };
+  if (options.expert_dtype) {
+    require<InputError>(fits(*options.expert_dtype),
+                        "--expert-type: {} cannot hold rows of {} weights",
+                        traits(*options.expert_dtype).name, d);
+    return *options.expert_dtype;
+  }
+  if (fits(mlp.w_gate.dtype)) return mlp.w_gate.dtype;
+  return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
+}
+
+// The same for router and bypass, whose rows are d_model or a rank long.
+DType router_dtype(const ConvertOptions& options, const PlanShape& s) {
+  const auto fits = [&](DType t) {
+    const std::int64_t b = traits(t).block_elems;
+    return kernels::can_quantize(t) && s.d_model % b == 0 && s.router_rank % b == 0 &&
+           s.bypass_rank % b == 0;
+  };
+  if (options.router_dtype) {
+    require<InputError>(
+        fits(*options.router_dtype),
+        "--router-type: {} cannot hold rows of {}, {} (router rank) and {} (bypass rank) weights",
+        traits(*options.router_dtype).name, s.d_model, s.router_rank, s.bypass_rank);
+    return *options.router_dtype;
+  }
+  return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
+}
+
+PlanShape plan_shape(const models::ModelConfig& config, const Recipe& recipe) {
+  PlanShape s;
+  s.d_model = config.d_model;
+  s.d_ff = config.d_ff;
+  // Narrow layers (tests, toy models) get ranks that still leave something to save.
+  const std::int64_t rank_limit = std::max<std::int64_t>(8, config.d_model / 8);
+  s.router_rank = std::min(recipe.router_rank, rank_limit);
+  s.bypass_rank = std::min(recipe.bypass_rank, rank_limit);
+  const auto n =
+      static_cast<std::int64_t>(recipe.shared_fraction * static_cast<double>(config.d_ff));
+  s.n_shared = n < 32 ? n : (n + 16) / 32 * 32;
+  return s;
+}
+
+nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::string& source_digest,
+                                   const std::string& data_digest) {
+  const ConvertOptions& o = job.options;
+  nlohmann::ordered_json j;
+  j["program"] = "moesaic " MOESAIC_VERSION;
+  j["source_digest"] = source_digest;
+  j["data"] = o.data == "self" ? "self" : data_digest;
+  j["recipe"] = o.recipe;
+  j["active"] = o.active;
+  j["tokens"] = job.n_tokens;
+  j["seed"] = o.seed;
+  j["threads"] = n_threads;
+  j["expert_type"] = o.expert_dtype ? std::string(traits(*o.expert_dtype).name) : "auto";
+  j["router_type"] = o.router_dtype ? std::string(traits(*o.router_dtype).name) : "auto";
+  return j;
+}
+
+std::string plan_to_json(std::span<const LayerPlan> plans, std::span<const double> sensitivity) {
+  nlohmann::ordered_json j = nlohmann::ordered_json::array();
+  for (std::size_t l = 0; l < plans.size(); ++l) {
+    const LayerPlan& p = plans[l];
+    j.push_back({{"layer", l},
+                 {"dense", p.dense},
+                 {"n_shared", p.n_shared},
+                 {"n_active", p.n_active},
+                 {"router_rank", p.router_rank},
+                 {"bypass_rank", p.bypass_rank},
+                 {"sensitivity", sensitivity[l]}});
+  }
+  return j.dump(1);
+}
+
+void plan_from_json(const std::string& text, std::vector<LayerPlan>& plans,
+                    std::vector<double>& sensitivity) {
+  for (const auto& p : nlohmann::json::parse(text)) {
+    plans.push_back({p.at("dense"), p.at("n_shared"), p.at("n_active"), p.at("router_rank"),
+                     p.at("bypass_rank")});
+    sensitivity.push_back(p.at("sensitivity"));
+  }
+}
+
+// The two residual streams of a conversion: of the dense model, and of the hybrid as far as it
+// exists.
+class Conversion {
+ public:
+  Conversion(const Job& job, models::Transformer& model, const Calibration& calibration)
+      : job_(job),
+        model_(model),
+        ctx_(model.context()),
+        dense_(model, calibration.tokens, calibration.n_ctx),
+        hybrid_(model, calibration.tokens, calibration.n_ctx),
+        n_(dense_.n_tokens()),
+        d_(model.config().d_model),
+        n_fit_(n_ - std::max<std::int64_t>(1, calibration.n_windows() / 16) * calibration.n_ctx),
+        x_(static_cast<std::size_t>(n_ * d_)),
+        y_(x_.size()) {}
+
+  // A layer that was converted before, or stays dense: both streams move on.
+  void pass(int layer, const SavedLayer& saved) {
+    dense_.attention(layer);
+    dense_.mlp(layer, dense_mlp(layer));
+    hybrid_.attention(layer);
+    if (!saved.view) {
+      hybrid_.mlp(layer, dense_mlp(layer));
+    } else {
+      hybrid_.mlp_input(layer, x());
+      run_converted(layer, *saved.view, nullptr);
+    }
+  }
+
+  // Fits, distills and packs the layer; the streams stand before its MLP afterwards (finish() moves
+  // them on).
+  models::PackedSecretMoe fit(int layer, const LayerPlan& plan, LayerReport& report,
+                              engine::Monitor& monitor) {
+    const Recipe& recipe = job_.recipe;
+    const models::Mlp& mlp = dense_mlp(layer);
+    const bool post_norm = model_.config().post_norms;
+    const std::string name = fmt::format("layer {}", layer);
+    monitor.stage(name + ": calibrate", 1);
+    dense_.attention(layer);
+    hybrid_.attention(layer);
+    // What the hybrid must still gain to stand where the dense model stands, before this layer's
+    // MLP adds to both. A norm behind the MLP hides magnitudes, so there the layer answers for its
+    // own output alone.
+    drift_ = post_norm ? 0.0 : recipe.correction;
+    hybrid_.mlp_input(layer, x());
+    forward_rows(ctx_, mlp, x(), y());
+    if (drift_ > 0) {
+      const auto share = static_cast<float>(drift_);
+      const float* dense = dense_.r().data;
+      const float* hybrid = hybrid_.r().data;
+      ctx_.pool.run([&](int thread) {
+        const Range range = split(n_ * d_, ctx_.pool.n_threads(), thread, 16);
+        for (std::int64_t i = range.begin; i < range.end; ++i) {
+          y_[static_cast<std::size_t>(i)] += share * (dense[i] - hybrid[i]);
+        }
+      });
+    }
+    dense_.mlp(layer, mlp);
+    const std::vector<float> weight = token_weights(dense_.r(), y(), post_norm);
+    const LayerSample sample{x(), y(), weight, n_fit_};
+    const LayerSample held_out = sample.held_out();
+    monitor.check();
+
+    monitor.stage(name + ": closed form", 1);
+    const Neurons teacher = unpack(
+        std::get<models::DenseMlp>(mlp),
+        fmt::format("{}: blk.{}", model_.checkpoint().file->path().filename().string(), layer));
+    Student student = start_from_neurons(ctx_, teacher, sample, plan, recipe.ridge);
+    fit_outputs(ctx_, student, sample, recipe.ridge);
+    AlignedBuffer<float> y_hat(static_cast<std::size_t>(held_out.x.rows * d_));
+    const Matrix mh(y_hat.data(), held_out.x.rows, d_);
+    student_forward(ctx_, student, held_out.x, mh);
+    report.error_closed_form = relative_error(held_out, mh);
+    monitor.check();
+
+    DistillOptions distill_options = recipe.distill;
+    distill_options.seed = job_.options.seed * 1000003 + static_cast<std::uint64_t>(layer);
+    monitor.stage(name + ": distill",
+                  static_cast<std::int64_t>(recipe.distill.passes * static_cast<double>(n_fit_) /
+                                            static_cast<double>(recipe.distill.batch)));
+    distill(ctx_, student, sample, distill_options, monitor);
+
+    // Pack what the features depend on, then fit once more what comes after them: rounding is so
+    // made up for.
+    const DType experts = expert_dtype(job_.options, std::get<models::DenseMlp>(mlp));
+    const DType router = router_dtype(job_.options, job_.shape);
+    round_inputs_to(student, experts, router);
+    fit_outputs(ctx_, student, sample, recipe.ridge);
+    models::PackedSecretMoe packed = pack(student, experts, router);
+    forward_rows(ctx_, packed.view(), held_out.x, mh);
+    report.error_distilled = relative_error(held_out, mh);
+    monitor.check();
+    return packed;
+  }
+
+  // After fit(): moves the hybrid's stream over the converted layer, counting how often each expert
+  // runs.
+  void finish(int layer, const kernels::SecretMoeView& view, std::vector<float>& usage) {
+    run_converted(layer, view, &usage);
+  }
+
+ private:
+  Matrix x() { return {x_.data(), n_, d_}; }
+  Matrix y() { return {y_.data(), n_, d_}; }
+  const models::Mlp& dense_mlp(int layer) const {
+    return model_.checkpoint().layers[static_cast<std::size_t>(layer)].mlp;
+  }
+
+  // hybrid r += post_norm?(layer(x)), x being the hybrid's MLP input.
+  void run_converted(int layer, const kernels::SecretMoeView& view, std::vector<float>* usage) {
+    std::vector<std::int64_t> counts(static_cast<std::size_t>(view.n_experts()));
+    std::vector<std::int32_t> selected(
+        static_cast<std::size_t>(std::min(kTile, n_) * view.n_active));
+    for (std::int64_t first = 0; first < n_; first += kTile) {
+      const std::int64_t rows = std::min(kTile, n_ - first);
+      const auto ids = std::span(selected).first(static_cast<std::size_t>(rows * view.n_active));
+      kernels::secret_moe(ctx_, view, x().slice(first, rows), y().slice(first, rows),
+                          kernels::MoePath::Masked, ids);
+      for (const std::int32_t id : ids) ++counts[static_cast<std::size_t>(id)];
+    }
+    hybrid_.add_mlp_output(layer, y());
+    if (usage != nullptr) {
+      usage->clear();
+      for (const std::int64_t c : counts)
+        usage->push_back(static_cast<float>(c) / static_cast<float>(n_));
+    }
+  }
+
+  const Job& job_;
+  models::Transformer& model_;
+  Context& ctx_;
+  Stream dense_;
+  Stream hybrid_;
+  std::int64_t n_;
+  std::int64_t d_;
+  std::int64_t n_fit_;
+  double drift_ = 0;
+  AlignedBuffer<float> x_;  // [n, d_model] the hybrid's MLP inputs
+  AlignedBuffer<float> y_;  // [n, d_model] outputs wanted, then the layer's own
+};
+
+// Bytes at the peak: four [tokens, d_model] arrays, one tile's activations with their gradients,
+// the normal equations, Adam's state, and the checkpoint's own pages.
+std::int64_t estimate_memory(const Job& job, std::int64_t file_bytes) {
+  const std::int64_t d = job.shape.d_model;
+  const std::int64_t n = job.shape.d_ff;
+  const std::int64_t f = n + d + 1;
+  const std::int64_t streams = 4 * 4 * job.n_tokens * d;
+  const std::int64_t tile = 4 * 2048 * (8 * n + 6 * d);
+  const std::int64_t equations = (4 + 8 + 8) * f * f;
+  const std::int64_t adam = 4 * 3 * n * d * 5;
+  return streams + tile + equations + adam + file_bytes + (std::int64_t{200} << 20);
+}
+
+}  // namespace
+
+ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
+                      engine::Monitor& monitor) {
+  const auto start = std::chrono::steady_clock::now();
+  const auto seconds_so_far = [&] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  require<InputError>(options.active > 0 && options.active <= 1,
+                      "--active: {} given, expected a fraction above 0 and at most 1",
+                      options.active);
+  const Recipe& recipe = find_recipe(options.recipe);
+  set_linalg_threads(caller_ctx.pool.n_threads());
+  Context ctx{caller_ctx.pool, caller_ctx.workspace, caller_ctx.tally, Activations::BF16};
+
+  const auto checkpoint = models::Checkpoint::load(options.model);
+  require<InputError>(!models::is_hybrid(*checkpoint->file),
+                      "{}: is a hybrid already, expected a dense checkpoint",
+                      options.model.string());
+  const auto tokenizer = models::load_tokenizer(*checkpoint->file);
+  Job job{options, recipe, options.tokens > 0 ? options.tokens : recipe.tokens, {}};
+  job.shape = plan_shape(checkpoint->config, recipe);
+  router_dtype(options, job.shape);
+  for (const auto& layer : checkpoint->layers)
+    expert_dtype(options, std::get<models::DenseMlp>(layer.mlp));
+
+  Calibration calibration;
+  calibration.n_ctx = std::min(kContext, checkpoint->config.context_length);
+  if (options.data != "self") {
+    calibration = load_calibration(options.data, *tokenizer, calibration.n_ctx, job.n_tokens);
+    job.n_tokens = static_cast<std::int64_t>(calibration.tokens.size());
+  } else {
+    job.n_tokens = std::max<std::int64_t>(2, job.n_tokens / calibration.n_ctx) * calibration.n_ctx;
+  }
+  const std::int64_t file_bytes = checkpoint->file->file_bytes();
+  const std::int64_t disk =
+      2 * estimate_output_bytes(*checkpoint->file);  // the output and the layers kept for --resume
+  monitor.line(
+      fmt::format("needs about {:.1f} GB of memory and {:.1f} GB of disk ({} calibration tokens)",
+                  static_cast<double>(estimate_memory(job, file_bytes)) / 1e9,
+                  static_cast<double>(disk) / 1e9, job.n_tokens));
+  models::check_writable(options.output, disk);
+
+  monitor.stage("read the checkpoint", 1);
+  ConvertReport report;
+  report.source_digest = sha256_file(options.model);
+  const int n_threads = ctx.pool.n_threads();
+  StateFolder state(options.output,
+                    fingerprint(job, n_threads, report.source_digest, calibration.digest).dump(1),
+                    options.resume);
+  // Whatever ends this run, the next one that resumes knows how long it took.
+  struct AddSeconds {
+    StateFolder& state;
+    const std::function<double()> seconds;
+    bool done = false;
+    ~AddSeconds() {
+      if (done) return;
+      try {
+        state.add_seconds(seconds());
+      } catch (const Error&) {  // a full disk must not hide the error that is on its way
+      }
+    }
+  } add_seconds{state, seconds_so_far};
+
+  models::Transformer model(checkpoint, ctx);
+  const int n_layers = checkpoint->config.n_layers;
+  if (options.data == "self") {
+    if (auto kept = state.load_calibration()) {
+      calibration.tokens = std::move(*kept);
+    } else {
+      calibration = sample_calibration(model, *tokenizer, calibration.n_ctx, job.n_tokens,
+                                       options.seed, monitor);
+      state.save_calibration(calibration.tokens);
+    }
+    calibration.digest = sha256(std::as_bytes(std::span(calibration.tokens)));
+  }
+  report.data_digest = calibration.digest;
+  report.n_tokens = static_cast<std::int64_t>(calibration.tokens.size());
+
+  std::vector<LayerPlan> plans;
+  std::vector<double> sensitivity;
+  if (const auto kept = state.load_plan()) {
+    plan_from_json(*kept, plans, sensitivity);
+  } else {
+    const std::int64_t windows = std::clamp<std::int64_t>(
+        recipe.sensitivity_tokens / calibration.n_ctx, 2, calibration.n_windows());
+    monitor.stage("measure the layers' sensitivity", n_layers);
+    sensitivity = measure_sensitivity(
+        model,
+        std::span(calibration.tokens).first(static_cast<std::size_t>(windows * calibration.n_ctx)),
+        calibration.n_ctx, plan_for_fraction(job.shape, std::min(options.active, 0.9)),
+        recipe.ridge, monitor);
+    plans = allot(job.shape, sensitivity, options.active, recipe.least_fraction);
+    state.save_plan(plan_to_json(plans, sensitivity));
+  }
+  for (const LayerPlan& plan : plans) {
+    report.active_fraction += active_fraction(plan, job.shape.d_model, job.shape.d_ff) / n_layers;
+  }
+  const auto n_dense =
+      std::count_if(plans.begin(), plans.end(), [](const LayerPlan& p) { return p.dense; });
+  monitor.line(
+      fmt::format("plan: mean active fraction {:.3f}, {} of {} layers converted, {} stay dense",
+                  report.active_fraction, n_layers - n_dense, n_layers, n_dense));
+
+  std::vector<SavedLayer> saved;
+  while (static_cast<int>(saved.size()) < n_layers) {
+    auto kept = state.load_layer(static_cast<int>(saved.size()), checkpoint->config);
+    if (!kept) break;
+    saved.push_back(std::move(*kept));
+  }
+  if (static_cast<int>(saved.size()) < n_layers) {
+    Conversion conversion(job, model, calibration);
+    if (!saved.empty()) {
+      monitor.stage("pass the layers kept from an earlier run",
+                    static_cast<std::int64_t>(saved.size()));
+    }
+    for (std::size_t l = 0; l < saved.size(); ++l) {
+      monitor.check();
+      conversion.pass(static_cast<int>(l), saved[l]);
+      monitor.advance(static_cast<std::int64_t>(l) + 1, "");
+    }
+    for (int layer = static_cast<int>(saved.size()); layer < n_layers; ++layer) {
+      monitor.check();
+      const LayerPlan& plan = plans[static_cast<std::size_t>(layer)];
+      LayerReport row;
+      row.layer = layer;
+      row.active_fraction = active_fraction(plan, job.shape.d_model, job.shape.d_ff);
+      row.sensitivity = sensitivity[static_cast<std::size_t>(layer)];
+      if (plan.dense) {
+        row.kind = models::kKindDense;
+        saved.push_back(state.save_dense_layer(row));
+        conversion.pass(layer, saved.back());
+        continue;
+      }
+      row.kind = models::kKindGluLowRank;
+      row.n_shared = plan.n_shared;
+      row.n_experts = job.shape.d_ff - plan.n_shared;
+      row.n_active = plan.n_active;
+      row.router_rank = plan.router_rank;
+      row.bypass_rank = plan.bypass_rank;
+      const models::PackedSecretMoe packed = conversion.fit(layer, plan, row, monitor);
+      conversion.finish(layer, packed.view(), row.expert_usage);
+      saved.push_back(state.save_layer(row, packed, checkpoint->config));
+      monitor.line(fmt::format(
+          "layer {:2}: active {:.3f} (k {} of {}), error {:.4f} closed form, {:.4f} distilled",
+          layer, row.active_fraction, row.n_active, row.n_experts, row.error_closed_form,
+          row.error_distilled));
+    }
+  }
+
+  monitor.stage("write the hybrid", 1);
+  for (const SavedLayer& layer : saved) report.layers.push_back(layer.report);
+  assemble(*checkpoint->file, saved, options, report, options.output);
+  report.seconds = state.seconds() + seconds_so_far();
+  report.peak_memory_bytes = peak_memory_bytes();
+  models::write_file_atomically(options.output.string() + ".report.json",
+                                report_json(options, report));
+  models::write_file_atomically(options.output.string() + ".report.html",
+                                report_html(options, report));
+  add_seconds.done = true;
+  state.remove();
+  return report;
+}
+
+}  // namespace moesaic::converter

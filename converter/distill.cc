@@ -1,0 +1,322 @@
+#include "converter/distill.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numbers>
+#include <numeric>
+#include <random>
+
+#include "kernels/linear.h"
+
+namespace moesaic::converter {
+namespace {
+
+Matrix take(Context& ctx, std::int64_t rows, std::int64_t cols) {
+  return {ctx.workspace.take<float>(static_cast<std::size_t>(rows * cols)).data(), rows, cols};
+}
+
+// φ(g) and φ'(g).
+struct Slope {
+  float value;
+  float derivative;
+};
+
+Slope activate_with_slope(kernels::Activation phi, float g) {
+  if (phi == kernels::Activation::Silu) {
+    const float s = 1.0F / (1.0F + std::exp(-g));
+    return {g * s, s * (1.0F + g * (1.0F - s))};
+  }
+  constexpr float kRoot = 0.7978845608F;  // √(2/π)
+  const float t = std::tanh(kRoot * (g + 0.044715F * g * g * g));
+  const float inner = kRoot * (1.0F + 3.0F * 0.044715F * g * g);
+  return {0.5F * g * (1.0F + t), 0.5F * (1.0F + t) + 0.5F * g * (1.0F - t * t) * inner};
+}
+
+template <class Fn>
+void parallel(Context& ctx, std::int64_t n, Fn&& fn) {
+  const int n_threads = ctx.pool.n_threads();
+  ctx.pool.run([&](int thread) {
+    const Range range = split(n, n_threads, thread, 16);
+    for (std::int64_t i = range.begin; i < range.end; ++i) fn(i);
+  });
+}
+
+// dst[j] = Σ_t m[t, j]
+void sum_rows(Context& ctx, ConstMatrix m, float* dst) {
+  const int n_threads = ctx.pool.n_threads();
+  ctx.pool.run([&](int thread) {
+    const Range cols = split(m.cols, n_threads, thread, 16);
+    std::fill(dst + cols.begin, dst + cols.end, 0.0F);
+    for (std::int64_t t = 0; t < m.rows; ++t) {
+      const float* row = m.row(t);
+      for (std::int64_t j = cols.begin; j < cols.end; ++j) dst[j] += row[j];
+    }
+  });
+}
+
+// ‖w_down,i‖ of the experts.
+std::vector<float> expert_norms(const Student& s) {
+  std::vector<float> norm(static_cast<std::size_t>(s.n_experts()));
+  for (std::int64_t i = 0; i < s.n_experts(); ++i) {
+    const float* row = s.neurons.down().row(s.plan.n_shared + i);
+    norm[static_cast<std::size_t>(i)] =
+        std::sqrt(std::inner_product(row, row + s.neurons.d_model, row, 0.0F));
+  }
+  return norm;
+}
+
+// Σ ω‖v − v̄‖² / Σ ω of the rows of v.
+double weighted_variance(ConstMatrix v, std::span<const float> weight) {
+  std::vector<double> sum(static_cast<std::size_t>(v.cols));
+  double square = 0;
+  double total = 0;
+  for (std::int64_t t = 0; t < v.rows; ++t) {
+    const double w = weight[static_cast<std::size_t>(t)];
+    total += w;
+    for (std::int64_t j = 0; j < v.cols; ++j) {
+      const double x = v.row(t)[j];
+      sum[static_cast<std::size_t>(j)] += w * x;
+      square += w * x * x;
+    }
+  }
+  double mean_square = 0;
+  for (const double x : sum) mean_square += x * x / total;
+  return std::max(1e-30, (square - mean_square) / total);
+}
+
+// One tensor under Adam.
+class AdamTensor {
+ public:
+  AdamTensor(AlignedBuffer<float>& value, const AlignedBuffer<float>& gradient, double rate)
+      : value_(value), gradient_(gradient), rate_(rate), m_(value.size()), v_(value.size()) {
+    double square = 0;
+    for (const float x : value) square += static_cast<double>(x) * x;
+    // A tensor that starts at zero still has to move: its unit is then the rate itself.
+    const double rms =
+        value.size() == 0 ? 0 : std::sqrt(square / static_cast<double>(value.size()));
+    unit_ = rms > 0 ? rms : 1e-3;
+  }
+
+  void step(Context& ctx, double schedule, std::int64_t t) {
+    constexpr float kBeta1 = 0.9F;
+    constexpr float kBeta2 = 0.999F;
+    const auto correction1 = static_cast<float>(1 / (1 - std::pow(kBeta1, t)));
+    const auto correction2 = static_cast<float>(1 / (1 - std::pow(kBeta2, t)));
+    const auto rate = static_cast<float>(rate_ * schedule * unit_);
+    parallel(ctx, static_cast<std::int64_t>(value_.size()), [&](std::int64_t i) {
+      const auto u = static_cast<std::size_t>(i);
+      const float g = gradient_[u];
+      m_[u] = kBeta1 * m_[u] + (1 - kBeta1) * g;
+      v_[u] = kBeta2 * v_[u] + (1 - kBeta2) * g * g;
+      value_[u] -= rate * (m_[u] * correction1) / (std::sqrt(v_[u] * correction2) + 1e-8F);
+    });
+  }
+
+ private:
+  AlignedBuffer<float>& value_;
+  const AlignedBuffer<float>& gradient_;
+  double rate_;
+  double unit_;
+  AlignedBuffer<float> m_, v_;
+};
+
+}  // namespace
+
+StudentGradients make_gradients(const Student& s) {
+  StudentGradients g;
+  g.w_gate = AlignedBuffer<float>(s.neurons.w_gate.size());
+  g.w_up = AlignedBuffer<float>(s.neurons.w_up.size());
+  g.w_down = AlignedBuffer<float>(s.neurons.w_down.size());
+  g.router_v = AlignedBuffer<float>(s.router_v.size());
+  g.router_u = AlignedBuffer<float>(s.router_u.size());
+  g.router_bias = AlignedBuffer<float>(s.router_bias.size());
+  g.bypass_q = AlignedBuffer<float>(s.bypass_q.size());
+  g.bypass_p = AlignedBuffer<float>(s.bypass_p.size());
+  g.bias = AlignedBuffer<float>(s.bias.size());
+  return g;
+}
+
+void student_gradients(Context& ctx, const Student& s, ConstMatrix x, ConstMatrix y,
+                       std::span<const float> weight, double y_scale, double c_scale,
+                       double auxiliary, StudentGradients& out) {
+  const Workspace::Scope scope(ctx.workspace);
+  const std::int64_t m = x.rows;
+  const std::int64_t d = s.neurons.d_model;
+  const std::int64_t n = s.neurons.n;
+  const std::int64_t n_shared = s.plan.n_shared;
+  const std::int64_t n_experts = s.n_experts();
+  const std::int64_t r = s.plan.router_rank;
+  const std::int64_t q = s.plan.bypass_rank;
+  const ConstMatrix v(s.router_v.data(), r, d);
+  const ConstMatrix u(s.router_u.data(), n_experts, r);
+  const double total = std::accumulate(weight.begin(), weight.end(), 0.0);
+  const std::vector<float> norm = expert_norms(s);
+
+  // Forward: gate and up products, scores, selection.
+  Matrix gate = take(ctx, m, n);
+  Matrix up = take(ctx, m, n);
+  Matrix f = take(ctx, m, n);
+  Matrix mask = take(ctx, m, n_experts);
+  Matrix z = take(ctx, m, r);
+  Matrix scores = take(ctx, m, n_experts);
+  kernels::gemm(ctx, false, true, 1, x, s.neurons.gate(), 0, gate);
+  kernels::gemm(ctx, false, true, 1, x, s.neurons.up(), 0, up);
+  kernels::gemm(ctx, false, true, 1, x, v, 0, z);
+  kernels::gemm(ctx, false, true, 1, z, u, 0, scores);
+  select(ctx, s, x, mask, mask);
+
+  // f = the activations that count; the slopes stay in gate (∂f/∂gate) and up (∂f/∂up); scores
+  // becomes the auxiliary loss's gradient.
+  std::vector<double> aux_by_row(static_cast<std::size_t>(m));
+  const double aux_unit = 1.0 / (total * c_scale);
+  parallel(ctx, m, [&](std::int64_t t) {
+    const double w = weight[static_cast<std::size_t>(t)];
+    double loss = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      const Slope a = activate_with_slope(s.neurons.phi, gate.row(t)[i]);
+      const float h = a.value * up.row(t)[i];
+      const float centred = h - s.mean[static_cast<std::size_t>(i)];
+      float on = 1;
+      if (i >= n_shared) {
+        const std::int64_t e = i - n_shared;
+        on = mask.row(t)[e];
+        float& score = scores.row(t)[e];
+        const float c = std::abs(centred) * norm[static_cast<std::size_t>(e)];
+        const double gap =
+            static_cast<double>(score) + s.router_bias[static_cast<std::size_t>(e)] - c;
+        loss += w * gap * gap;
+        score = static_cast<float>(2 * auxiliary * aux_unit * w * gap);
+      }
+      f.row(t)[i] = on * centred;
+      gate.row(t)[i] = on * a.derivative * up.row(t)[i];
+      up.row(t)[i] = on * a.value;
+    }
+    aux_by_row[static_cast<std::size_t>(t)] = loss;
+  });
+  out.auxiliary_loss = std::accumulate(aux_by_row.begin(), aux_by_row.end(), 0.0) * aux_unit;
+
+  Matrix dy = take(ctx, m, d);
+  Matrix qx = take(ctx, m, q);
+  for (std::int64_t t = 0; t < m; ++t) std::copy_n(s.bias.data(), d, dy.row(t));
+  kernels::gemm(ctx, false, false, 1, f, s.neurons.down(), 1, dy);
+  if (q > 0) {
+    kernels::gemm(ctx, false, true, 1, x, {s.bypass_q.data(), q, d}, 0, qx);
+    kernels::gemm(ctx, false, true, 1, qx, {s.bypass_p.data(), d, q}, 1, dy);
+  }
+  const double unit = 1.0 / (total * y_scale);
+  std::vector<double> loss_by_row(static_cast<std::size_t>(m));
+  parallel(ctx, m, [&](std::int64_t t) {
+    const double w = weight[static_cast<std::size_t>(t)];
+    double loss = 0;
+    for (std::int64_t j = 0; j < d; ++j) {
+      const double gap = static_cast<double>(dy.row(t)[j]) - y.row(t)[j];
+      loss += w * gap * gap;
+      dy.row(t)[j] = static_cast<float>(2 * unit * w * gap);
+    }
+    loss_by_row[static_cast<std::size_t>(t)] = loss;
+  });
+  out.output_loss = std::accumulate(loss_by_row.begin(), loss_by_row.end(), 0.0) * unit;
+
+  // Backward.
+  sum_rows(ctx, dy, out.bias.data());
+  kernels::gemm(ctx, true, false, 1, f, dy, 0, {out.w_down.data(), n, d});
+  kernels::gemm(ctx, false, true, 1, dy, s.neurons.down(), 0, f);  // f is now ∂L/∂f
+  parallel(ctx, m, [&](std::int64_t t) {
+    for (std::int64_t i = 0; i < n; ++i) {
+      gate.row(t)[i] *= f.row(t)[i];
+      up.row(t)[i] *= f.row(t)[i];
+    }
+  });
+  kernels::gemm(ctx, true, false, 1, gate, x, 0, {out.w_gate.data(), n, d});
+  kernels::gemm(ctx, true, false, 1, up, x, 0, {out.w_up.data(), n, d});
+  if (q > 0) {
+    kernels::gemm(ctx, true, false, 1, dy, qx, 0, {out.bypass_p.data(), d, q});
+    kernels::gemm(ctx, false, false, 1, dy, {s.bypass_p.data(), d, q}, 0, qx);
+    kernels::gemm(ctx, true, false, 1, qx, x, 0, {out.bypass_q.data(), q, d});
+  }
+  sum_rows(ctx, scores, out.router_bias.data());
+  kernels::gemm(ctx, true, false, 1, scores, z, 0, {out.router_u.data(), n_experts, r});
+  kernels::gemm(ctx, false, false, 1, scores, u, 0, z);
+  kernels::gemm(ctx, true, false, 1, z, x, 0, {out.router_v.data(), r, d});
+}
+
+void distill(Context& ctx, Student& student, const LayerSample& sample,
+             const DistillOptions& options, engine::Monitor& monitor) {
+  const std::int64_t d = student.neurons.d_model;
+  const std::int64_t batch = std::min(options.batch, sample.n_fit);
+  const auto steps = static_cast<std::int64_t>(options.passes * static_cast<double>(sample.n_fit) /
+                                               static_cast<double>(batch));
+  if (steps <= 0) return;
+  const ConstMatrix y_fit = sample.y.slice(0, sample.n_fit);
+  const double y_scale = weighted_variance(y_fit, sample.weight);
+
+  // The scale of c from the first rows; only the balance of the two losses hangs on it.
+  double c_scale = 0;
+  {
+    const Workspace::Scope scope(ctx.workspace);
+    const std::int64_t rows = std::min<std::int64_t>(sample.n_fit, 2048);
+    Matrix h = take(ctx, rows, student.neurons.n);
+    neuron_activations(ctx, student.neurons, sample.x.slice(0, rows), h,
+                       take(ctx, rows, student.neurons.n));
+    Matrix c = take(ctx, rows, student.n_experts());
+    const std::vector<float> norm = expert_norms(student);
+    for (std::int64_t t = 0; t < rows; ++t) {
+      for (std::int64_t i = 0; i < c.cols; ++i) {
+        const std::int64_t neuron = student.plan.n_shared + i;
+        c.row(t)[i] = std::abs(h.row(t)[neuron] - student.mean[static_cast<std::size_t>(neuron)]) *
+                      norm[static_cast<std::size_t>(i)];
+      }
+    }
+    c_scale = weighted_variance(c, sample.weight);
+  }
+
+  StudentGradients gradients = make_gradients(student);
+  std::vector<AdamTensor> tensors;
+  tensors.reserve(9);
+  const double rate = options.learning_rate;
+  tensors.emplace_back(student.neurons.w_gate, gradients.w_gate, rate);
+  tensors.emplace_back(student.neurons.w_up, gradients.w_up, rate);
+  tensors.emplace_back(student.neurons.w_down, gradients.w_down, rate);
+  tensors.emplace_back(student.bias, gradients.bias, rate);
+  tensors.emplace_back(student.bypass_q, gradients.bypass_q, rate);
+  tensors.emplace_back(student.bypass_p, gradients.bypass_p, rate);
+  tensors.emplace_back(student.router_v, gradients.router_v, options.router_rate);
+  tensors.emplace_back(student.router_u, gradients.router_u, options.router_rate);
+  tensors.emplace_back(student.router_bias, gradients.router_bias, options.router_rate);
+
+  std::vector<std::int64_t> order(static_cast<std::size_t>(sample.n_fit));
+  std::iota(order.begin(), order.end(), 0);
+  std::mt19937_64 rng(options.seed);
+  AlignedBuffer<float> x(static_cast<std::size_t>(batch * d));
+  AlignedBuffer<float> y(static_cast<std::size_t>(batch * d));
+  std::vector<float> weight(static_cast<std::size_t>(batch));
+  std::size_t next = order.size();
+  const std::int64_t warm_up = std::max<std::int64_t>(1, steps / 20);
+  for (std::int64_t step = 0; step < steps; ++step) {
+    monitor.check();
+    if (next + static_cast<std::size_t>(batch) > order.size()) {
+      for (std::size_t i = order.size() - 1; i > 0; --i)
+        std::swap(order[i], order[rng() % (i + 1)]);
+      next = 0;
+    }
+    parallel(ctx, batch, [&](std::int64_t i) {
+      const std::int64_t row = order[next + static_cast<std::size_t>(i)];
+      std::copy_n(sample.x.row(row), d, x.data() + i * d);
+      std::copy_n(sample.y.row(row), d, y.data() + i * d);
+      weight[static_cast<std::size_t>(i)] = sample.weight[static_cast<std::size_t>(row)];
+    });
+    next += static_cast<std::size_t>(batch);
+    student_gradients(ctx, student, {x.data(), batch, d}, {y.data(), batch, d}, weight, y_scale,
+                      c_scale, options.auxiliary, gradients);
+    const double progress = static_cast<double>(step - warm_up) /
+                            static_cast<double>(std::max<std::int64_t>(1, steps - warm_up));
+    const double schedule = step < warm_up
+                                ? static_cast<double>(step + 1) / static_cast<double>(warm_up + 1)
+                                : 0.5 * (1 + std::cos(std::numbers::pi * progress));
+    for (AdamTensor& tensor : tensors) tensor.step(ctx, schedule, step + 1);
+    monitor.advance(step + 1, fmt::format("error {:.4f}", gradients.output_loss));
+  }
+}
+
+}  // namespace moesaic::converter

@@ -1,0 +1,357 @@
+#include "converter/fit.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <numeric>
+
+#include "converter/linalg.h"
+#include "kernels/base/error.h"
+#include "kernels/linear.h"
+
+namespace moesaic::converter {
+namespace {
+
+// Rows that are worked on at a time: GEMMs are at full speed, and a tile of 1,536 neurons is 12 MB.
+constexpr std::int64_t kTile = 2048;
+
+std::span<float> take(Context& ctx, std::int64_t n) {
+  return ctx.workspace.take<float>(static_cast<std::size_t>(n));
+}
+
+Matrix take(Context& ctx, std::int64_t rows, std::int64_t cols) {
+  return {take(ctx, rows * cols).data(), rows, cols};
+}
+
+// Calls fn(first_row, x rows) for consecutive tiles of the fitted rows, each with workspace of its
+// own.
+template <class Fn>
+void for_tiles(Context& ctx, std::int64_t n_rows, Fn&& fn) {
+  for (std::int64_t first = 0; first < n_rows; first += kTile) {
+    const Workspace::Scope scope(ctx.workspace);
+    fn(first, std::min(kTile, n_rows - first));
+  }
+}
+
+// fn(row) for every row, split over the threads.
+template <class Fn>
+void parallel_rows(Context& ctx, std::int64_t n_rows, Fn&& fn) {
+  const int n_threads = ctx.pool.n_threads();
+  ctx.pool.run([&](int thread) {
+    const Range rows = split(n_rows, n_threads, thread);
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) fn(r);
+  });
+}
+
+// sums[j] += Σ_t weight[t] · f(m[t, j]), each thread its own columns, in row order.
+template <class F>
+void add_columns(Context& ctx, ConstMatrix m, const float* weight, std::span<double> sums, F&& f) {
+  const int n_threads = ctx.pool.n_threads();
+  ctx.pool.run([&](int thread) {
+    const Range cols = split(m.cols, n_threads, thread, 16);
+    for (std::int64_t t = 0; t < m.rows; ++t) {
+      const float* row = m.row(t);
+      for (std::int64_t j = cols.begin; j < cols.end; ++j) {
+        sums[static_cast<std::size_t>(j)] += static_cast<double>(weight[t]) * f(row[j], j);
+      }
+    }
+  });
+}
+
+DMatrix to_double(ConstMatrix m) {
+  DMatrix out(m.rows, m.cols);
+  for (std::int64_t r = 0; r < m.rows; ++r) std::copy_n(m.row(r), m.cols, &out.at(r, 0));
+  return out;
+}
+
+AlignedBuffer<float> to_float(const DMatrix& m) {
+  AlignedBuffer<float> out(m.data.size());
+  std::transform(m.data.begin(), m.data.end(), out.begin(),
+                 [](double v) { return static_cast<float>(v); });
+  return out;
+}
+
+// What the selection and the router are fitted to: per neuron the weighted mean, and E[ω c²].
+struct NeuronMoments {
+  std::vector<double> mean;        // μ
+  std::vector<double> importance;  // E[ω (h − μ)²] ‖w_down‖²
+  std::vector<double> norm;        // ‖w_down‖
+};
+
+NeuronMoments neuron_moments(Context& ctx, const Neurons& teacher, const LayerSample& s) {
+  const auto n = static_cast<std::size_t>(teacher.n);
+  NeuronMoments m{std::vector<double>(n), std::vector<double>(n), std::vector<double>(n)};
+  std::vector<double> square(n);
+  double total = 0;
+  for_tiles(ctx, s.n_fit, [&](std::int64_t first, std::int64_t rows) {
+    Matrix h = take(ctx, rows, teacher.n);
+    neuron_activations(ctx, teacher, s.x.slice(first, rows), h, take(ctx, rows, teacher.n));
+    const float* w = s.weight.data() + first;
+    add_columns(ctx, h, w, m.mean, [](float v, std::int64_t) { return static_cast<double>(v); });
+    add_columns(ctx, h, w, square,
+                [](float v, std::int64_t) { return static_cast<double>(v) * v; });
+    total = std::accumulate(w, w + rows, total);
+  });
+  for (std::size_t i = 0; i < n; ++i) {
+    const float* down = teacher.down().row(static_cast<std::int64_t>(i));
+    m.norm[i] = std::sqrt(std::inner_product(down, down + teacher.d_model, down, 0.0));
+    m.mean[i] /= total;
+    m.importance[i] =
+        std::max(0.0, square[i] / total - m.mean[i] * m.mean[i]) * m.norm[i] * m.norm[i];
+  }
+  return m;
+}
+
+AlignedBuffer<float> gather_rows(ConstMatrix src, std::span<const std::int32_t> rows) {
+  AlignedBuffer<float> out(rows.size() * static_cast<std::size_t>(src.cols));
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    std::copy_n(src.row(rows[i]), src.cols, out.data() + static_cast<std::int64_t>(i) * src.cols);
+  }
+  return out;
+}
+
+// φ of fit_outputs for a tile: activations in place, experts' part centred and masked.
+void masked_features(Context& ctx, const Student& s, ConstMatrix x, Matrix phi) {
+  const Workspace::Scope scope(ctx.workspace);
+  const std::int64_t n_shared = s.plan.n_shared;
+  Matrix mask = take(ctx, x.rows, s.n_experts());
+  neuron_activations(ctx, s.neurons, x, phi, take(ctx, x.rows, s.neurons.n));
+  select(ctx, s, x, mask, mask);
+  parallel_rows(ctx, x.rows, [&](std::int64_t t) {
+    float* row = phi.row(t) + n_shared;
+    const float* m = mask.row(t);
+    const float* mean = s.mean.data() + n_shared;
+    for (std::int64_t i = 0; i < s.n_experts(); ++i) row[i] = m[i] * (row[i] - mean[i]);
+  });
+}
+
+}  // namespace
+
+LayerSample LayerSample::held_out() const {
+  LayerSample out;
+  out.x = x.slice(n_fit, x.rows - n_fit);
+  out.y = y.slice(n_fit, y.rows - n_fit);
+  out.weight = weight.subspan(static_cast<std::size_t>(n_fit));
+  return out;
+}
+
+Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSample& s,
+                           const LayerPlan& plan, double ridge) {
+  const std::int64_t d = teacher.d_model;
+  const std::int64_t n_experts = teacher.n - plan.n_shared;
+  require<InputError>(
+      plan.n_shared >= 0 && n_experts >= 1 && plan.n_active >= 0 && plan.n_active <= n_experts,
+      "plan: {} shared and {} of {} experts do not fit {} neurons", plan.n_shared, plan.n_active,
+      n_experts, teacher.n);
+  const NeuronMoments moments = neuron_moments(ctx, teacher, s);
+
+  Student out;
+  out.plan = plan;
+  out.origin.resize(static_cast<std::size_t>(teacher.n));
+  std::iota(out.origin.begin(), out.origin.end(), 0);
+  std::stable_sort(out.origin.begin(), out.origin.end(), [&](std::int32_t a, std::int32_t b) {
+    return moments.importance[static_cast<std::size_t>(a)] >
+           moments.importance[static_cast<std::size_t>(b)];
+  });
+  out.neurons.phi = teacher.phi;
+  out.neurons.d_model = d;
+  out.neurons.n = teacher.n;
+  out.neurons.w_gate = gather_rows(teacher.gate(), out.origin);
+  out.neurons.w_up = gather_rows(teacher.up(), out.origin);
+  out.neurons.w_down = gather_rows(teacher.down(), out.origin);
+  out.mean = AlignedBuffer<float>(static_cast<std::size_t>(teacher.n));
+  std::vector<float> norm(static_cast<std::size_t>(n_experts));
+  for (std::int64_t i = 0; i < n_experts; ++i) {
+    const auto neuron =
+        static_cast<std::size_t>(out.origin[static_cast<std::size_t>(plan.n_shared + i)]);
+    out.mean[static_cast<std::size_t>(plan.n_shared + i)] =
+        static_cast<float>(moments.mean[neuron]);
+    norm[static_cast<std::size_t>(i)] = static_cast<float>(moments.norm[neuron]);
+  }
+
+  // Router: weighted reduced-rank regression of c = |h − μ| ‖w_down‖ on x, both about their
+  // weighted means.
+  const auto ud = static_cast<std::size_t>(d);
+  const auto ue = static_cast<std::size_t>(n_experts);
+  AlignedBuffer<float> xx(ud * ud);
+  AlignedBuffer<float> xc(ud * ue);
+  std::vector<double> x_mean(ud);
+  std::vector<double> c_mean(ue);
+  double total = 0;
+  for_tiles(ctx, s.n_fit, [&](std::int64_t first, std::int64_t rows) {
+    Matrix h = take(ctx, rows, teacher.n);
+    Matrix c = take(ctx, rows, n_experts);
+    Matrix xw = take(ctx, rows, d);
+    const ConstMatrix x = s.x.slice(first, rows);
+    const float* w = s.weight.data() + first;
+    neuron_activations(ctx, out.neurons, x, h, take(ctx, rows, teacher.n));
+    parallel_rows(ctx, rows, [&](std::int64_t t) {
+      const float* row = h.row(t) + plan.n_shared;
+      const float* mean = out.mean.data() + plan.n_shared;
+      const float root = std::sqrt(w[t]);
+      for (std::int64_t i = 0; i < n_experts; ++i) {
+        c.row(t)[i] = root * std::abs(row[i] - mean[i]) * norm[static_cast<std::size_t>(i)];
+      }
+      for (std::int64_t i = 0; i < d; ++i) xw.row(t)[i] = root * x.row(t)[i];
+    });
+    kernels::gemm(ctx, true, false, 1, xw, xw, 1, {xx.data(), d, d});
+    kernels::gemm(ctx, true, false, 1, xw, c, 1, {xc.data(), d, n_experts});
+    // √ω was multiplied in once already: the sums of ω x and ω c need it once more.
+    auto root = take(ctx, rows);
+    std::transform(w, w + rows, root.begin(), [](float v) { return std::sqrt(v); });
+    const auto same = [](float v, std::int64_t) { return static_cast<double>(v); };
+    add_columns(ctx, xw, root.data(), x_mean, same);
+    add_columns(ctx, c, root.data(), c_mean, same);
+    total = std::accumulate(w, w + rows, total);
+  });
+  DMatrix dxx = to_double({xx.data(), d, d});
+  DMatrix dxc = to_double({xc.data(), d, n_experts});
+  for (std::size_t i = 0; i < ud; ++i) x_mean[i] /= total;
+  for (std::size_t j = 0; j < ue; ++j) c_mean[j] /= total;
+  for (std::int64_t i = 0; i < d; ++i) {
+    const double mi = x_mean[static_cast<std::size_t>(i)] * total;
+    for (std::int64_t j = 0; j < d; ++j) dxx.at(i, j) -= mi * x_mean[static_cast<std::size_t>(j)];
+    for (std::int64_t j = 0; j < n_experts; ++j)
+      dxc.at(i, j) -= mi * c_mean[static_cast<std::size_t>(j)];
+  }
+  const LowRank router =
+      reduced_rank_regression(std::move(dxx), std::move(dxc), plan.router_rank, ridge);
+  out.router_v = to_float(router.v);
+  out.router_u = to_float(router.u);
+  out.router_bias = AlignedBuffer<float>(ue);
+  std::vector<double> vx(static_cast<std::size_t>(plan.router_rank));
+  for (std::int64_t r = 0; r < plan.router_rank; ++r) {
+    vx[static_cast<std::size_t>(r)] = std::inner_product(
+        x_mean.begin(), x_mean.end(), &router.v.data[static_cast<std::size_t>(r * d)], 0.0);
+  }
+  for (std::int64_t j = 0; j < n_experts; ++j) {
+    const auto uj = static_cast<std::size_t>(j);
+    out.router_bias[uj] = static_cast<float>(
+        c_mean[uj] - std::inner_product(vx.begin(), vx.end(),
+                                        router.u.data.begin() + j * plan.router_rank, 0.0));
+  }
+  out.bypass_q = AlignedBuffer<float>(static_cast<std::size_t>(plan.bypass_rank) * ud);
+  out.bypass_p = AlignedBuffer<float>(static_cast<std::size_t>(plan.bypass_rank) * ud);
+  out.bias = AlignedBuffer<float>(ud);
+  return out;
+}
+
+void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double ridge) {
+  const std::int64_t d = student.neurons.d_model;
+  const std::int64_t n = student.neurons.n;
+  const std::int64_t a = n + 1;  // features eliminated first: φ and the constant
+  const std::int64_t f = a + d;  // all features: φ, 1, x
+  AlignedBuffer<float> gram(static_cast<std::size_t>(f * f));
+  AlignedBuffer<float> cross(static_cast<std::size_t>(f * d));
+  for_tiles(ctx, s.n_fit, [&](std::int64_t first, std::int64_t rows) {
+    Matrix features = take(ctx, rows, f);
+    Matrix target = take(ctx, rows, d);
+    const ConstMatrix x = s.x.slice(first, rows);
+    masked_features(ctx, student, x, {features.data, rows, n, f});
+    // What is left of y after the start's own down rows: the fit then looks for their change.
+    kernels::gemm(ctx, false, false, -1, {features.data, rows, n, f}, student.neurons.down(), 0,
+                  target);
+    parallel_rows(ctx, rows, [&](std::int64_t t) {
+      const float root = std::sqrt(s.weight[static_cast<std::size_t>(first + t)]);
+      float* row = features.row(t);
+      row[n] = 1;
+      std::copy_n(x.row(t), d, row + a);
+      for (std::int64_t i = 0; i < f; ++i) row[i] *= root;
+      for (std::int64_t j = 0; j < d; ++j)
+        target.row(t)[j] = root * (target.row(t)[j] + s.y.row(first + t)[j]);
+    });
+    kernels::gemm(ctx, true, false, 1, features, features, 1, {gram.data(), f, f});
+    kernels::gemm(ctx, true, false, 1, features, target, 1, {cross.data(), f, d});
+  });
+  const DMatrix g = to_double({gram.data(), f, f});
+  const DMatrix c = to_double({cross.data(), f, d});
+  DMatrix g_aa = g.block(0, 0, a, a);
+  const DMatrix g_ab = g.block(0, a, a, d);
+  DMatrix g_bb = g.block(a, a, d, d);
+  const DMatrix c_a = c.block(0, 0, a, d);
+  DMatrix c_b = c.block(a, 0, d, d);
+  double trace = 0;
+  for (std::int64_t i = 0; i < n; ++i) trace += g_aa.at(i, i);
+  // Each neuron is held to its start in proportion to its own energy, and a little to the mean
+  // energy, so that a neuron that is never selected keeps its row.
+  for (std::int64_t i = 0; i < n; ++i) {
+    g_aa.at(i, i) +=
+        ridge * (g_aa.at(i, i) + trace / static_cast<double>(n)) + 1e-12 * trace + 1e-30;
+  }
+  g_aa.at(n, n) += 1e-30;
+  const DMatrix l = cholesky(std::move(g_aa));
+  // With M = L⁻¹ [G_ab, C_a], elimination of φ and 1 leaves S = G_bb − M_xᵀM_x and C_b − M_xᵀM_y.
+  DMatrix m_x = g_ab;
+  solve_triangular(l, false, m_x);
+  DMatrix m_y = c_a;
+  solve_triangular(l, false, m_y);
+  const std::int64_t q = student.plan.bypass_rank;
+  DMatrix rest = c_a;  // right-hand side for φ once the bypass is known
+  if (q > 0) {
+    const DMatrix s_xx = multiply(m_x, true, m_x, false);
+    const DMatrix s_xy = multiply(m_x, true, m_y, false);
+    for (std::size_t i = 0; i < g_bb.data.size(); ++i) g_bb.data[i] -= s_xx.data[i];
+    for (std::size_t i = 0; i < c_b.data.size(); ++i) c_b.data[i] -= s_xy.data[i];
+    for (std::int64_t i = 0; i < d;
+         ++i) {  // symmetric to the last bit, as Cholesky and the next step want it
+      for (std::int64_t j = 0; j < i; ++j) g_bb.at(i, j) = g_bb.at(j, i);
+    }
+    const LowRank bypass =
+        reduced_rank_regression(std::move(g_bb), std::move(c_b), q, std::max(ridge, 1e-5));
+    student.bypass_q = to_float(bypass.v);
+    student.bypass_p = to_float(bypass.u);
+    const DMatrix taken = multiply(multiply(g_ab, false, bypass.v, true), false, bypass.u, true);
+    for (std::size_t i = 0; i < rest.data.size(); ++i) rest.data[i] -= taken.data[i];
+  }
+  solve_cholesky(l, rest);
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t j = 0; j < d; ++j) {
+      student.neurons.w_down[static_cast<std::size_t>(i * d + j)] +=
+          static_cast<float>(rest.at(i, j));
+    }
+  }
+  for (std::int64_t j = 0; j < d; ++j)
+    student.bias[static_cast<std::size_t>(j)] = static_cast<float>(rest.at(n, j));
+}
+
+void student_forward(Context& ctx, const Student& s, ConstMatrix x, Matrix y) {
+  const std::int64_t d = s.neurons.d_model;
+  const std::int64_t q = s.plan.bypass_rank;
+  for_tiles(ctx, x.rows, [&](std::int64_t first, std::int64_t rows) {
+    Matrix phi = take(ctx, rows, s.neurons.n);
+    const ConstMatrix xs = x.slice(first, rows);
+    Matrix ys = y.slice(first, rows);
+    masked_features(ctx, s, xs, phi);
+    for (std::int64_t t = 0; t < rows; ++t) std::copy_n(s.bias.data(), d, ys.row(t));
+    kernels::gemm(ctx, false, false, 1, phi, s.neurons.down(), 1, ys);
+    if (q > 0) {
+      Matrix qx = take(ctx, rows, q);
+      kernels::gemm(ctx, false, true, 1, xs, {s.bypass_q.data(), q, d}, 0, qx);
+      kernels::gemm(ctx, false, true, 1, qx, {s.bypass_p.data(), d, q}, 1, ys);
+    }
+  });
+}
+
+double relative_error(const LayerSample& s, ConstMatrix y_hat) {
+  const std::int64_t d = s.y.cols;
+  std::vector<double> sum(static_cast<std::size_t>(d));
+  std::vector<double> square(static_cast<std::size_t>(d));
+  double total = 0;
+  double error = 0;
+  for (std::int64_t t = 0; t < s.y.rows; ++t) {
+    const double w = s.weight[static_cast<std::size_t>(t)];
+    total += w;
+    for (std::int64_t j = 0; j < d; ++j) {
+      const double v = s.y.row(t)[j];
+      const double e = v - y_hat.row(t)[j];
+      sum[static_cast<std::size_t>(j)] += w * v;
+      square[static_cast<std::size_t>(j)] += w * v * v;
+      error += w * e * e;
+    }
+  }
+  double variance = 0;
+  for (std::size_t j = 0; j < sum.size(); ++j) variance += square[j] - sum[j] * sum[j] / total;
+  return variance > 0 ? error / variance : 0;
+}
+
+}  // namespace moesaic::converter

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "converter/student.h"
+#include "kernels/base/context.h"
+
+namespace moesaic::converter {
+
+/// One layer's calibration sample: what the MLP sees and what it should give, per token.
+struct LayerSample {
+  ConstMatrix x;                  // [n_tokens, d_model] MLP inputs
+  ConstMatrix y;                  // [n_tokens, d_model] outputs wanted
+  std::span<const float> weight;  // ω [n_tokens], mean 1
+  std::int64_t n_fit = 0;         // rows [0, n_fit) are fitted, the rest are held out to judge
+
+  LayerSample held_out() const;
+};
+
+/// Steps 2 and 3 of the recipe (DESIGN.md section 2): orders the teacher's neurons by E[ω c²],
+/// c_i = |h_i − μ_i| · ‖w_down,i‖, the largest n_shared shared; reduced-rank regression of c on x
+/// for the router. ω is used throughout; μ is the ω-weighted mean. Down rows are the teacher's;
+/// bias and bypass are left zero (fit_outputs sets them).
+Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSample& sample,
+                           const LayerPlan& plan, double ridge);
+
+/// Step 4, widened: given the selection of the student's router, the down rows of all neurons, the
+/// bias and the rank-q bypass that together minimise
+///   Σ_t ω_t ‖y_t − b − W_downᵀ φ_t − P Q x_t‖² + ridge ‖W_down − W_start‖²,
+///   φ_t = shared activations and mask ⊙ (activations − μ),
+/// in closed form: the joint normal equations over (φ, 1, x); φ and 1 are eliminated, x's part is
+/// cut to rank q in the metric that is left (reduced-rank regression), then φ's part is solved for.
+/// The unselected neurons' part of y is so taken over by bias, bypass and the neurons that run.
+void fit_outputs(Context& ctx, Student& student, const LayerSample& sample, double ridge);
+
+/// The teacher's own output on x is not needed: student output for rows of x, float32 weights, by
+/// masked dense products.   x, y [m, d_model].
+void student_forward(Context& ctx, const Student& student, ConstMatrix x, Matrix y);
+
+/// Σ ω‖y − ŷ‖² / Σ ω‖y − ȳ‖² over a sample, ȳ its weighted mean; ŷ [n_tokens, d_model].
+double relative_error(const LayerSample& sample, ConstMatrix y_hat);
+
+}  // namespace moesaic::converter

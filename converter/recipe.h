@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "converter/distill.h"
+
+namespace moesaic::converter {
+
+/// The settings behind a recipe's name. How each was chosen stands beside it in recipe.cc.
+struct Recipe {
+  std::string_view name;
+  std::int64_t tokens = 0;              // calibration tokens by default
+  std::int64_t sensitivity_tokens = 0;  // of these, used to measure the layers' sensitivity
+  double shared_fraction = 0;           // n_shared over d_ff, rounded to a multiple of 32
+  std::int64_t router_rank = 0;
+  std::int64_t bypass_rank = 0;
+  double ridge = 0;       // of all closed-form fits
+  double correction = 0;  // share of the drift of earlier layers that a layer is asked to take back
+  double least_fraction = 0;  // no converted layer gets less
+  DistillOptions distill;
+};
+
+/// The recipe of that name. Throws InputError that lists the known ones.
+const Recipe& find_recipe(std::string_view name);
+
+}  // namespace moesaic::converter

@@ -1,0 +1,151 @@
+#include "converter/sensitivity.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "converter/fit.h"
+#include "converter/stream.h"
+#include "engine/sampler.h"
+
+namespace moesaic::converter {
+namespace {
+
+constexpr std::int64_t kStride =
+    4;  // every fourth position is judged: neighbours say much the same
+constexpr std::int64_t kBlock = 64;  // rows of logits at a time: 67 MB for a vocabulary of 262,144
+
+// KL(softmax(p) ‖ softmax(q)) in nats.
+double kl_divergence(std::span<const float> p, std::span<const float> q) {
+  const double zp = engine::log_sum_exp(p);
+  const double zq = engine::log_sum_exp(q);
+  double kl = 0;
+  for (std::size_t i = 0; i < p.size(); ++i) {
+    const double lp = static_cast<double>(p[i]) - zp;
+    if (lp > -30) kl += std::exp(lp) * (lp - (static_cast<double>(q[i]) - zq));
+  }
+  return kl;
+}
+
+// Mean KL divergence between the distributions that two final residual streams lead to.
+double mean_kl(models::Transformer& model, ConstMatrix dense, ConstMatrix other) {
+  Context& ctx = model.context();
+  const std::int64_t d = dense.cols;
+  const std::int64_t vocab = model.config().vocab_size;
+  const std::int64_t n = dense.rows / kStride;
+  std::vector<double> kl(static_cast<std::size_t>(n));
+  for (std::int64_t first = 0; first < n; first += kBlock) {
+    const Workspace::Scope scope(ctx.workspace);
+    const std::int64_t rows = std::min(kBlock, n - first);
+    const auto take = [&](std::int64_t cols) {
+      return Matrix(ctx.workspace.take<float>(static_cast<std::size_t>(rows * cols)).data(), rows,
+                    cols);
+    };
+    const Matrix r = take(d);
+    const Matrix p = take(vocab);
+    const Matrix q = take(vocab);
+    const auto logits = [&](ConstMatrix from, Matrix to) {
+      for (std::int64_t i = 0; i < rows; ++i) {
+        std::copy_n(from.row((first + i) * kStride + kStride - 1), d, r.row(i));
+      }
+      model.head(r, to);
+    };
+    logits(dense, p);
+    logits(other, q);
+    const int n_threads = ctx.pool.n_threads();
+    ctx.pool.run([&](int thread) {
+      const Range range = split(rows, n_threads, thread);
+      for (std::int64_t i = range.begin; i < range.end; ++i) {
+        const auto size = static_cast<std::size_t>(vocab);
+        kl[static_cast<std::size_t>(first + i)] = kl_divergence({p.row(i), size}, {q.row(i), size});
+      }
+    });
+  }
+  return std::accumulate(kl.begin(), kl.end(), 0.0) /
+         static_cast<double>(std::max<std::int64_t>(1, n));
+}
+
+}  // namespace
+
+std::vector<float> token_weights(ConstMatrix r_after, ConstMatrix y, bool post_norm) {
+  std::vector<float> weight(static_cast<std::size_t>(r_after.rows));
+  double total = 0;
+  for (std::int64_t t = 0; t < r_after.rows; ++t) {
+    const auto square = [](const float* v, std::int64_t n) {
+      double s = 0;
+      for (std::int64_t i = 0; i < n; ++i) s += static_cast<double>(v[i]) * v[i];
+      return s;
+    };
+    double scale = square(r_after.row(t), r_after.cols);
+    if (post_norm) scale *= square(y.row(t), y.cols) / static_cast<double>(y.cols);
+    const double w = 1 / std::max(scale, 1e-20);
+    weight[static_cast<std::size_t>(t)] = static_cast<float>(w);
+    total += w;
+  }
+  const auto unit = static_cast<float>(static_cast<double>(weight.size()) / total);
+  for (float& w : weight) w *= unit;
+  return weight;
+}
+
+std::vector<double> measure_sensitivity(models::Transformer& model,
+                                        std::span<const std::int32_t> tokens, std::int64_t n_ctx,
+                                        const LayerPlan& plan, double ridge,
+                                        engine::Monitor& monitor) {
+  Context& ctx = model.context();
+  const models::Checkpoint& checkpoint = model.checkpoint();
+  const int n_layers = model.config().n_layers;
+  const auto n_windows = static_cast<std::int64_t>(tokens.size()) / n_ctx;
+  const std::int64_t n_judge = std::max<std::int64_t>(1, n_windows / 8);
+  const auto fit_tokens = tokens.first(static_cast<std::size_t>((n_windows - n_judge) * n_ctx));
+  const auto judge_tokens = tokens.subspan(fit_tokens.size());
+
+  Stream fit(model, fit_tokens, n_ctx);
+  Stream judge(model, judge_tokens, n_ctx);
+  Stream end(model, judge_tokens, n_ctx);  // the dense model's last residual stream
+  for (int l = 0; l < n_layers; ++l) {
+    end.attention(l);
+    end.mlp(l, checkpoint.layers[static_cast<std::size_t>(l)].mlp);
+  }
+  Stream other(model, judge_tokens, n_ctx);
+  const std::int64_t d = model.config().d_model;
+  AlignedBuffer<float> x(static_cast<std::size_t>(fit.n_tokens() * d));
+  AlignedBuffer<float> y(x.size());
+  AlignedBuffer<float> x_judge(static_cast<std::size_t>(judge.n_tokens() * d));
+  AlignedBuffer<float> y_judge(x_judge.size());
+  const Matrix mx(x.data(), fit.n_tokens(), d);
+  const Matrix my(y.data(), fit.n_tokens(), d);
+  const Matrix mxj(x_judge.data(), judge.n_tokens(), d);
+  const Matrix myj(y_judge.data(), judge.n_tokens(), d);
+  std::vector<double> out;
+  for (int l = 0; l < n_layers; ++l) {
+    monitor.check();
+    const models::Mlp& mlp = checkpoint.layers[static_cast<std::size_t>(l)].mlp;
+    fit.attention(l);
+    fit.mlp_input(l, mx);
+    forward_rows(ctx, mlp, mx, my);
+    // add_mlp_output may overwrite what it adds, so the target is computed again after it.
+    fit.add_mlp_output(l, my);
+    forward_rows(ctx, mlp, mx, my);
+    const std::vector<float> weight = token_weights(fit.r(), my, model.config().post_norms);
+    LayerSample sample{mx, my, weight, fit.n_tokens()};
+    const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp), fmt::format("blk.{}", l));
+    Student student = start_from_neurons(ctx, teacher, sample, plan, ridge);
+    fit_outputs(ctx, student, sample, ridge);
+
+    judge.attention(l);
+    std::copy_n(judge.r().data, x_judge.size(), other.r().data);
+    judge.mlp_input(l, mxj);
+    student_forward(ctx, student, mxj, myj);
+    other.add_mlp_output(l, myj);
+    for (int m = l + 1; m < n_layers; ++m) {
+      other.attention(m);
+      other.mlp(m, checkpoint.layers[static_cast<std::size_t>(m)].mlp);
+    }
+    judge.mlp(l, mlp);
+    out.push_back(mean_kl(model, end.r(), other.r()));
+    monitor.advance(l + 1, fmt::format("KL {:.4f}", out.back()));
+  }
+  return out;
+}
+
+}  // namespace moesaic::converter

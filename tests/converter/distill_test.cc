@@ -1,0 +1,121 @@
+#include "converter/distill.h"
+
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "kernels/base/error.h"
+#include "tests/converter/layer_case.h"
+
+namespace moesaic::converter {
+namespace {
+
+double error_of(LayerCase& c, const Student& student) {
+  const LayerSample held_out = c.sample.held_out();
+  AlignedBuffer<float> out(static_cast<std::size_t>(held_out.x.rows * held_out.x.cols));
+  const Matrix y(out.data(), held_out.x.rows, held_out.x.cols);
+  student_forward(c.ctx, student, held_out.x, y);
+  return relative_error(held_out, y);
+}
+
+// Every parameter's gradient against the slope of the loss. The auxiliary target is held fixed by
+// the definition, so each term is checked for the parameters that it trains: the output loss for
+// the neurons, the auxiliary for the router.
+void check_gradients(kernels::Activation phi) {
+  LayerCase c(24, 8, 12, phi);
+  Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 8, 8, 4},
+                                 1e-3);  // all selected: no jumps
+  fit_outputs(c.ctx, s, c.sample, 1e-2);
+  const auto losses = [&](double auxiliary) {
+    StudentGradients g = make_gradients(s);
+    student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, 1.7, 0.9, auxiliary, g);
+    return g;
+  };
+  const StudentGradients g = losses(0.5);
+  const auto check = [&](AlignedBuffer<float>& value, const AlignedBuffer<float>& gradient,
+                         bool router) {
+    ASSERT_EQ(value.size(), gradient.size());
+    double scale = 0;
+    for (const float v : gradient) scale = std::max(scale, std::abs(static_cast<double>(v)));
+    for (std::size_t i = 0; i < value.size(); i += 3) {
+      const float kept = value[i];
+      const float step = 1e-2F;
+      value[i] = kept + step;
+      const StudentGradients plus = losses(0);
+      value[i] = kept - step;
+      const StudentGradients minus = losses(0);
+      value[i] = kept;
+      const double slope = router ? 0.5 * (plus.auxiliary_loss - minus.auxiliary_loss) / (2 * step)
+                                  : (plus.output_loss - minus.output_loss) / (2 * step);
+      EXPECT_NEAR(gradient[i], slope, 1e-2 * scale + 1e-5) << i;
+    }
+  };
+  check(s.neurons.w_gate, g.w_gate, false);
+  check(s.neurons.w_up, g.w_up, false);
+  check(s.neurons.w_down, g.w_down, false);
+  check(s.bypass_q, g.bypass_q, false);
+  check(s.bypass_p, g.bypass_p, false);
+  check(s.bias, g.bias, false);
+  check(s.router_v, g.router_v, true);
+  check(s.router_u, g.router_u, true);
+  check(s.router_bias, g.router_bias, true);
+}
+
+TEST(StudentGradients, EqualFiniteDifferencesSilu) { check_gradients(kernels::Activation::Silu); }
+TEST(StudentGradients, EqualFiniteDifferencesGelu) {
+  check_gradients(kernels::Activation::GeluTanh);
+}
+
+TEST(StudentGradients, UnselectedExpertsGetNone) {
+  LayerCase c(16, 8, 12, kernels::Activation::Silu);
+  Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 0, 8, 0}, 1e-3);  // k = 0
+  StudentGradients g = make_gradients(s);
+  student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, 1, 1, 1, g);
+  for (std::size_t i = 4 * 8; i < g.w_gate.size(); ++i) {
+    EXPECT_EQ(g.w_gate[i], 0);
+    EXPECT_EQ(g.w_up[i], 0);
+    EXPECT_EQ(g.w_down[i], 0);
+  }
+}
+
+TEST(Distill, LowersTheHeldOutErrorAndRepeats) {
+  const auto run = [](std::uint64_t seed) {
+    LayerCase c(6000, 16, 48, kernels::Activation::Silu);
+    Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 8, 12, 8, 4}, 1e-3);
+    fit_outputs(c.ctx, s, c.sample, 1e-3);
+    const double before = error_of(c, s);
+    engine::Monitor monitor;
+    DistillOptions options;
+    options.passes = 6;
+    options.batch = 256;
+    options.learning_rate = options.router_rate = 5e-3;
+    options.seed = seed;
+    distill(c.ctx, s, c.sample, options, monitor);
+    EXPECT_LT(error_of(c, s), before);
+    return std::vector<float>(s.neurons.w_gate.begin(), s.neurons.w_gate.end());
+  };
+  const auto first = run(1);
+  EXPECT_EQ(first, run(1));
+  EXPECT_NE(first, run(2));
+}
+
+TEST(Distill, StopsWhenAsked) {
+  struct Stop : engine::Monitor {
+    bool cancelled() const override { return true; }
+  } monitor;
+  LayerCase c(600, 8, 12, kernels::Activation::Silu);
+  Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 4, 8, 0}, 1e-3);
+  EXPECT_THROW(distill(c.ctx, s, c.sample, {}, monitor), Interrupted);
+}
+
+TEST(Distill, NoPassesChangeNothing) {
+  LayerCase c(600, 8, 12, kernels::Activation::Silu);
+  Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 4, 8, 0}, 1e-3);
+  const std::vector<float> before(s.neurons.w_up.begin(), s.neurons.w_up.end());
+  engine::Monitor monitor;
+  distill(c.ctx, s, c.sample, {.passes = 0}, monitor);
+  EXPECT_TRUE(std::equal(before.begin(), before.end(), s.neurons.w_up.begin()));
+}
+
+}  // namespace
+}  // namespace moesaic::converter
