@@ -33,6 +33,9 @@ class GgufWriter {
     std::vector<std::int64_t> dims;
     std::span<const std::byte> data;
   };
+  std::uint64_t alignment() const;  // metadata key general.alignment, 32 without it
+  std::string header() const;       // everything before the tensors' data, padded
+
   std::vector<std::pair<std::string, GgufValue>> metadata_;
   std::vector<Tensor> tensors_;
 };
