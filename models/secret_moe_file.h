@@ -2,8 +2,7 @@
 
 #include <cstdint>
 #include <optional>
-#include <string>
-#include <vector>
+#include <string_view>
 
 #include "kernels/base/aligned_buffer.h"
 #include "kernels/secret_moe.h"
@@ -33,6 +32,18 @@ namespace moesaic::models {
 ///   blk.N.moe.bias            [d_model] F32
 /// The dense tensors ffn_gate, ffn_up, ffn_down of a converted layer are absent.
 inline constexpr std::uint32_t kSecretMoeFormatVersion = 1;
+
+/// The metadata keys and layer kinds above, shared by reader and converter.
+inline constexpr std::string_view kKeyFormatVersion = "moesaic.format_version";
+inline constexpr std::string_view kKeyLayerKind = "moesaic.layer.kind";
+inline constexpr std::string_view kKeyLayerActive = "moesaic.layer.n_active";
+inline constexpr std::string_view kKeyRecipe = "moesaic.recipe";
+inline constexpr std::string_view kKeyDataDigest = "moesaic.data_digest";
+inline constexpr std::string_view kKeySourceDigest = "moesaic.source_digest";
+inline constexpr std::string_view kKeySourceFile = "moesaic.source_file";
+inline constexpr std::string_view kKeyActiveFraction = "moesaic.active_fraction";
+inline constexpr std::string_view kKindDense = "dense";
+inline constexpr std::string_view kKindGluLowRank = "glu+low_rank";
 
 /// True if the file holds at least one secret-MoE layer.
 bool is_hybrid(const GgufFile& file);

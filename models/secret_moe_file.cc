@@ -1,0 +1,181 @@
+#include "models/secret_moe_file.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "kernels/base/error.h"
+
+namespace moesaic::models {
+namespace {
+
+// Tensor names behind "blk.N.moe.".
+constexpr std::string_view kShared = "shared.weight";
+constexpr std::string_view kExperts = "experts.weight";
+constexpr std::string_view kExpertMean = "experts.mean";
+constexpr std::string_view kRouterV = "router_v.weight";
+constexpr std::string_view kRouterU = "router_u.weight";
+constexpr std::string_view kRouterBias = "router.bias";
+constexpr std::string_view kBypassQ = "bypass_q.weight";
+constexpr std::string_view kBypassP = "bypass_p.weight";
+constexpr std::string_view kBias = "bias";
+
+std::string tensor_name(int layer, std::string_view part) {
+  return fmt::format("blk.{}.moe.{}", layer, part);
+}
+
+/// Checked access to one layer's tensors.
+class LayerReader {
+ public:
+  LayerReader(const GgufFile& file, int layer) : file_(file), layer_(layer) {}
+
+  bool has(std::string_view part) const {
+    return file_.find_tensor(tensor_name(layer_, part)) != nullptr;
+  }
+
+  /// Size of the slowest dimension of a tensor that has to be there, with `rank` dimensions.
+  std::int64_t leading_dim(std::string_view part, std::size_t rank) const {
+    const std::string name = tensor_name(layer_, part);
+    const GgufTensor* tensor = file_.find_tensor(name);
+    require<FormatError>(tensor != nullptr, "{}: {} is missing", file_.path().string(), name);
+    require<FormatError>(tensor->dims.size() == rank, "{}: {} is [{}], expected {} dimensions",
+                         file_.path().string(), name, fmt::join(tensor->dims, ", "), rank);
+    return tensor->dims[0];
+  }
+
+  WeightView weight(std::string_view part, std::initializer_list<std::int64_t> dims) const {
+    return file_.expect(tensor_name(layer_, part), std::span(dims.begin(), dims.size())).matrix();
+  }
+
+  std::span<const float> vector(std::string_view part, std::int64_t n) const {
+    const std::array<std::int64_t, 1> dims = {n};
+    const GgufTensor& tensor = file_.expect(tensor_name(layer_, part), dims);
+    require<FormatError>(tensor.dtype == DType::F32, "{}: {} is of type {}, expected F32",
+                         file_.path().string(), tensor.name, traits(tensor.dtype).name);
+    // The reader places tensors on multiples of 8 bytes at least.
+    return {reinterpret_cast<const float*>(tensor.data), static_cast<std::size_t>(n)};
+  }
+
+ private:
+  const GgufFile& file_;
+  int layer_;
+};
+
+/// Entry `layer` of a per-layer metadata array, which has to have one entry per layer.
+template <class T>
+const T& layer_entry(const GgufFile& file, std::string_view key, const std::vector<T>& entries,
+                     const ModelConfig& config, int layer) {
+  require<FormatError>(entries.size() == static_cast<std::size_t>(config.n_layers),
+                       "{}: metadata key {} has {} entries, expected {}, one per layer",
+                       file.path().string(), key, entries.size(), config.n_layers);
+  require<FormatError>(layer >= 0 && layer < config.n_layers,
+                       "{}: layer {} asked for, expected 0 to {}", file.path().string(), layer,
+                       config.n_layers - 1);
+  return entries[static_cast<std::size_t>(layer)];
+}
+
+/// The matrix in `data`; a default view where it has no elements, as from a file without it.
+WeightView packed_view(const AlignedBuffer<std::byte>& data, DType dtype, std::int64_t rows,
+                       std::int64_t cols) {
+  WeightView view;
+  if (rows == 0 || cols == 0) return view;
+  view.data = data.data();
+  view.dtype = dtype;
+  view.rows = rows;
+  view.cols = cols;
+  return view;
+}
+
+}  // namespace
+
+bool is_hybrid(const GgufFile& file) {
+  if (file.find(kKeyLayerKind) == nullptr) return false;
+  const std::vector<std::string> kinds = file.get_strings(kKeyLayerKind);
+  return std::any_of(kinds.begin(), kinds.end(), [](const auto& k) { return k != kKindDense; });
+}
+
+std::optional<kernels::SecretMoeView> read_secret_moe(const GgufFile& file,
+                                                      const ModelConfig& config, int layer) {
+  if (file.find(kKeyLayerKind) == nullptr) return std::nullopt;
+  const std::string path = file.path().string();
+  const std::int64_t version = file.get_int(kKeyFormatVersion);
+  require<FormatError>(version == kSecretMoeFormatVersion, "{}: {} is {}, expected {}", path,
+                       kKeyFormatVersion, version, kSecretMoeFormatVersion);
+  const std::vector<std::string> kinds = file.get_strings(kKeyLayerKind);
+  const std::string& kind = layer_entry(file, kKeyLayerKind, kinds, config, layer);
+  if (kind == kKindDense) return std::nullopt;
+  require<FormatError>(kind == kKindGluLowRank, "{}: layer {} is of kind \"{}\", expected {} or {}",
+                       path, layer, kind, kKindDense, kKindGluLowRank);
+
+  const LayerReader in(file, layer);
+  const std::int64_t d_model = config.d_model;
+  const std::int64_t n_experts = in.leading_dim(kExperts, 3);
+  require<FormatError>(n_experts <= std::numeric_limits<std::int32_t>::max(),
+                       "{}: layer {} has {} experts, expected fewer than 2^31", path, layer,
+                       n_experts);
+  const std::int64_t router_rank = in.leading_dim(kRouterV, 2);
+
+  kernels::SecretMoeView view;
+  view.phi = config.phi;
+  view.experts = in.weight(kExperts, {n_experts, 3, d_model});
+  view.expert_mean = in.vector(kExpertMean, n_experts);
+  view.router_v = in.weight(kRouterV, {router_rank, d_model});
+  view.router_u = in.weight(kRouterU, {n_experts, router_rank});
+  view.router_bias = in.vector(kRouterBias, n_experts);
+  view.bias = in.vector(kBias, d_model);
+  if (in.has(kShared)) {
+    view.shared = in.weight(kShared, {in.leading_dim(kShared, 3), 3, d_model});
+  }
+  if (in.has(kBypassQ) || in.has(kBypassP)) {
+    const std::int64_t bypass_rank = in.leading_dim(kBypassQ, 2);
+    view.bypass_q = in.weight(kBypassQ, {bypass_rank, d_model});
+    view.bypass_p = in.weight(kBypassP, {d_model, bypass_rank});
+  }
+
+  const std::vector<std::int64_t> active = file.get_ints(kKeyLayerActive);
+  view.n_active = layer_entry(file, kKeyLayerActive, active, config, layer);
+  require<FormatError>(view.n_active >= 0 && view.n_active <= n_experts,
+                       "{}: {} of layer {} is {}, expected 0 to {}, the number of experts", path,
+                       kKeyLayerActive, layer, view.n_active, n_experts);
+  return view;
+}
+
+kernels::SecretMoeView PackedSecretMoe::view() const {
+  kernels::SecretMoeView view;
+  view.phi = phi;
+  view.n_active = n_active;
+  view.shared = packed_view(shared, expert_dtype, 3 * n_shared, d_model);
+  view.experts = packed_view(experts, expert_dtype, 3 * n_experts, d_model);
+  view.expert_mean = expert_mean.span();
+  view.router_v = packed_view(router_v, router_dtype, router_rank, d_model);
+  view.router_u = packed_view(router_u, router_dtype, n_experts, router_rank);
+  view.router_bias = router_bias.span();
+  view.bypass_q = packed_view(bypass_q, router_dtype, bypass_rank, d_model);
+  view.bypass_p = packed_view(bypass_p, router_dtype, d_model, bypass_rank);
+  view.bias = bias.span();
+  return view;
+}
+
+void PackedSecretMoe::add_to(GgufWriter& writer, int layer) const {
+  const auto add = [&](std::string_view part, DType dtype, std::vector<std::int64_t> dims,
+                       std::span<const std::byte> data) {
+    writer.add_tensor(tensor_name(layer, part), dtype, std::move(dims), data);
+  };
+  if (n_shared > 0) add(kShared, expert_dtype, {n_shared, 3, d_model}, shared.span());
+  add(kExperts, expert_dtype, {n_experts, 3, d_model}, experts.span());
+  add(kExpertMean, DType::F32, {n_experts}, std::as_bytes(expert_mean.span()));
+  add(kRouterV, router_dtype, {router_rank, d_model}, router_v.span());
+  add(kRouterU, router_dtype, {n_experts, router_rank}, router_u.span());
+  add(kRouterBias, DType::F32, {n_experts}, std::as_bytes(router_bias.span()));
+  if (bypass_rank > 0) {
+    add(kBypassQ, router_dtype, {bypass_rank, d_model}, bypass_q.span());
+    add(kBypassP, router_dtype, {d_model, bypass_rank}, bypass_p.span());
+  }
+  add(kBias, DType::F32, {d_model}, std::as_bytes(bias.span()));
+}
+
+}  // namespace moesaic::models
