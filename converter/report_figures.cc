@@ -6,6 +6,8 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <limits>
+#include <tuple>
 
 #include "converter/svg.h"
 
@@ -226,18 +228,20 @@ std::string figure_budget(const ConvertReport& report) {
 std::string figure_usage(const ConvertReport& report) {
   struct UsageClass {
     float above;  // selected by more than this share of tokens
-    std::string_view css, label;
+    std::string_view css, label, meaning;
   };
-  constexpr std::array<UsageClass, 7> kClasses = {{{0.75F, "u6", "> 75 %"},
-                                                   {0.50F, "u5", "50–75"},
-                                                   {0.25F, "u4", "25–50"},
-                                                   {0.10F, "u3", "10–25"},
-                                                   {0.02F, "u2", "2–10"},
-                                                   {0.0F, "u1", "≤ 2 %"},
-                                                   {-1.0F, "u0", "never"}}};
+  constexpr std::array<UsageClass, 7> kClasses = {{
+      {0.75F, "u6", "> 75 %", "selected by more than 75 % of tokens"},
+      {0.50F, "u5", "50–75", "selected by 50–75 % of tokens"},
+      {0.25F, "u4", "25–50", "selected by 25–50 % of tokens"},
+      {0.10F, "u3", "10–25", "selected by 10–25 % of tokens"},
+      {0.02F, "u2", "2–10", "selected by 2–10 % of tokens"},
+      {0.0F, "u1", "≤ 2 %", "selected by at most 2 % of tokens"},
+      {-1.0F, "u0", "never", "never selected"},
+  }};
   constexpr double kRightLabels = 104;
   constexpr double kStripWidth = kWidth - kLeft - kRightLabels;
-  const double row = report.layers.size() > 40 ? 11 : 15;
+  const double row = report.layers.size() > 40 ? 13 : 15;
   const double base = kTop + 14 + row * static_cast<double>(report.layers.size());
   Svg svg(
       "fig-usage", kWidth, base + kBottom, "Expert usage per layer",
@@ -271,11 +275,8 @@ std::string figure_usage(const ConvertReport& report) {
       if (count == 0) continue;
       const double share = static_cast<double>(count) / n;
       svg.rect(kLeft + kStripWidth * left, y + 1, kStripWidth * share, row - 2, c.css,
-               fmt::format("layer {}: {} of {} experts ({}) selected by {}{}", l.layer, count,
-                           l.expert_usage.size(), percent(share), c.label,
-                           c.above < 0              ? " a token"
-                           : c.label.ends_with('%') ? " of tokens"
-                                                    : " % of tokens"));
+               fmt::format("layer {}: {} of {} experts ({}) {}", l.layer, count,
+                           l.expert_usage.size(), percent(share), c.meaning));
       left += share;
     }
     svg.text(kWidth - 2, y + row / 2 + 3.5, fmt::format("{} of {}", never_selected(l), l.n_experts),
