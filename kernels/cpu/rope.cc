@@ -91,7 +91,7 @@ void rotate_interleaved(float* head, std::size_t n, const float* cos, const floa
   const Tag d;
   const std::size_t lanes = hn::Lanes(d);
   std::size_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
+  for (; lanes >= 2 && i + lanes <= n; i += lanes) {
     const auto x = hn::LoadU(d, head + i);
     const auto turned = hn::Mul(hn::Reverse2(d, x), hn::LoadU(d, sin + i));
     hn::StoreU(hn::Add(hn::Mul(x, hn::LoadU(d, cos + i)), turned), d, head + i);
