@@ -200,8 +200,8 @@ class Conversion {
     const Neurons teacher = unpack(
         std::get<models::DenseMlp>(mlp),
         fmt::format("{}: blk.{}", model_.checkpoint().file->path().filename().string(), layer));
-    Student student = start_from_neurons(ctx_, teacher, sample, plan, recipe.ridge);
-    fit_outputs(ctx_, student, sample, recipe.ridge);
+    Student student = start_from_neurons(ctx_, teacher, sample, plan, recipe.router_ridge);
+    fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge);
     AlignedBuffer<float> y_hat(static_cast<std::size_t>(held_out.x.rows * d_));
     const Matrix mh(y_hat.data(), held_out.x.rows, d_);
     student_forward(ctx_, student, held_out.x, mh);
@@ -220,7 +220,7 @@ class Conversion {
     const DType experts = expert_dtype(job_.options, std::get<models::DenseMlp>(mlp));
     const DType router = router_dtype(job_.options, job_.shape);
     round_inputs_to(student, experts, router);
-    fit_outputs(ctx_, student, sample, recipe.ridge);
+    fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge);
     models::PackedSecretMoe packed = pack(student, experts, router);
     forward_rows(ctx_, packed.view(), held_out.x, mh);
     report.error_distilled = relative_error(held_out, mh);
@@ -377,8 +377,8 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
     sensitivity = measure_sensitivity(
         model,
         std::span(calibration.tokens).first(static_cast<std::size_t>(windows * calibration.n_ctx)),
-        calibration.n_ctx, plan_for_fraction(job.shape, std::min(options.active, 0.9)),
-        recipe.ridge, monitor);
+        calibration.n_ctx, plan_for_fraction(job.shape, std::min(options.active, 0.9)), recipe,
+        monitor);
     plans = allot(job.shape, sensitivity, options.active, recipe.least_fraction);
     state.save_plan(plan_to_json(plans, sensitivity));
   }

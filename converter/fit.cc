@@ -236,7 +236,8 @@ Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSamp
   return out;
 }
 
-void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double ridge) {
+void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double bypass_ridge,
+                 double ridge) {
   const std::int64_t d = student.neurons.d_model;
   const std::int64_t n = student.neurons.n;
   const std::int64_t a = n + 1;  // features eliminated first: φ and the constant
@@ -297,7 +298,7 @@ void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double ri
       for (std::int64_t j = 0; j < i; ++j) g_bb.at(i, j) = g_bb.at(j, i);
     }
     const LowRank bypass =
-        reduced_rank_regression(std::move(g_bb), std::move(c_b), q, std::max(ridge, 1e-5));
+        reduced_rank_regression(std::move(g_bb), std::move(c_b), q, bypass_ridge);
     student.bypass_q = to_float(bypass.v);
     student.bypass_p = to_float(bypass.u);
     const DMatrix taken = multiply(multiply(g_ab, false, bypass.v, true), false, bypass.u, true);

@@ -32,7 +32,8 @@ Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSamp
 /// in closed form: the joint normal equations over (φ, 1, x); φ and 1 are eliminated, x's part is
 /// cut to rank q in the metric that is left (reduced-rank regression), then φ's part is solved for.
 /// The unselected neurons' part of y is so taken over by bias, bypass and the neurons that run.
-void fit_outputs(Context& ctx, Student& student, const LayerSample& sample, double ridge);
+void fit_outputs(Context& ctx, Student& student, const LayerSample& sample, double bypass_ridge,
+                 double ridge);
 
 /// The teacher's own output on x is not needed: student output for rows of x, float32 weights, by
 /// masked dense products.   x, y [m, d_model].

@@ -16,7 +16,8 @@ struct Recipe {
   double shared_fraction = 0;           // n_shared over d_ff, rounded to a multiple of 32
   std::int64_t router_rank = 0;
   std::int64_t bypass_rank = 0;
-  double ridge = 0;       // of all closed-form fits
+  double router_ridge = 0;  // of the regressions behind router and bypass
+  double output_ridge = 0;  // of the down rows, towards where they stand
   double correction = 0;  // share of the drift of earlier layers that a layer is asked to take back
   double least_fraction = 0;  // no converted layer gets less
   DistillOptions distill;

@@ -89,7 +89,7 @@ std::vector<float> token_weights(ConstMatrix r_after, ConstMatrix y, bool post_n
 
 std::vector<double> measure_sensitivity(models::Transformer& model,
                                         std::span<const std::int32_t> tokens, std::int64_t n_ctx,
-                                        const LayerPlan& plan, double ridge,
+                                        const LayerPlan& plan, const Recipe& recipe,
                                         engine::Monitor& monitor) {
   Context& ctx = model.context();
   const models::Checkpoint& checkpoint = model.checkpoint();
@@ -129,8 +129,8 @@ std::vector<double> measure_sensitivity(models::Transformer& model,
     const std::vector<float> weight = token_weights(fit.r(), my, model.config().post_norms);
     LayerSample sample{mx, my, weight, fit.n_tokens()};
     const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp), fmt::format("blk.{}", l));
-    Student student = start_from_neurons(ctx, teacher, sample, plan, ridge);
-    fit_outputs(ctx, student, sample, ridge);
+    Student student = start_from_neurons(ctx, teacher, sample, plan, recipe.router_ridge);
+    fit_outputs(ctx, student, sample, recipe.router_ridge, recipe.output_ridge);
 
     judge.attention(l);
     std::copy_n(judge.r().data, x_judge.size(), other.r().data);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "converter/allot.h"
+#include "converter/recipe.h"
 #include "engine/monitor.h"
 #include "models/transformer.h"
 
@@ -16,7 +17,7 @@ namespace moesaic::converter {
 /// eighth of the windows judges, the others fit.
 std::vector<double> measure_sensitivity(models::Transformer& model,
                                         std::span<const std::int32_t> tokens, std::int64_t n_ctx,
-                                        const LayerPlan& plan, double ridge,
+                                        const LayerPlan& plan, const Recipe& recipe,
                                         engine::Monitor& monitor);
 
 /// ω of a layer per token (DESIGN.md section 2, step 1): 1 / ‖r after the layer‖²; where a norm

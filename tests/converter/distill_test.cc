@@ -25,7 +25,7 @@ void check_gradients(kernels::Activation phi) {
   LayerCase c(24, 8, 12, phi);
   Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 8, 8, 4},
                                  1e-3);  // all selected: no jumps
-  fit_outputs(c.ctx, s, c.sample, 1e-2);
+  fit_outputs(c.ctx, s, c.sample, 1e-6, 1e-2);
   const auto losses = [&](double auxiliary) {
     StudentGradients g = make_gradients(s);
     student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, 1.7, 0.9, auxiliary, g);
@@ -82,7 +82,7 @@ TEST(Distill, LowersTheHeldOutErrorAndRepeats) {
   const auto run = [](std::uint64_t seed) {
     LayerCase c(6000, 16, 48, kernels::Activation::Silu);
     Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 8, 12, 8, 4}, 1e-3);
-    fit_outputs(c.ctx, s, c.sample, 1e-3);
+    fit_outputs(c.ctx, s, c.sample, 1e-6, 1e-3);
     const double before = error_of(c, s);
     engine::Monitor monitor;
     DistillOptions options;
