@@ -1,0 +1,203 @@
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "engine/throughput.h"
+#include "models/evaluate.h"
+#include "tools/commands.h"
+#include "tools/options.h"
+#include "tools/output.h"
+#include "tools/progress.h"
+#include "tools/resident.h"
+#include "tools/session.h"
+
+namespace moesaic::tools {
+namespace {
+
+constexpr std::int64_t kPrefill = 512;  // pp512
+constexpr std::int64_t kDecode = 128;   // tg128
+constexpr std::int64_t kBatch = 512;    // tokens per prefill pass
+
+struct CompareOptions {
+  std::string dense, hybrid, data;
+  models::ChunkOptions chunks;
+  int repetitions = 5;
+  std::string format;
+  RunOptions run;
+};
+
+/// Everything measured about one of the two models.
+struct Side {
+  std::string path;
+  models::Perplexity quality;
+  std::vector<double> prefill, decode;  // tokens/s, one per repetition
+  double bytes_per_token = 0;           // of decode
+  double active_fraction = 1;
+  std::int64_t file_bytes = 0;
+  std::int64_t resident_bytes = 0;
+
+  double prefill_tps() const { return median(prefill); }
+  double decode_tps() const { return median(decode); }
+};
+
+/// The two models in turn within each repetition, and the order turned from one repetition to the
+/// next: what the machine does beside this weighs on both alike.
+void measure_throughput(Model& dense, Model& hybrid, Side (&sides)[2],
+                        const CompareOptions& options, Runtime& runtime, Progress& progress) {
+  Model* models[2] = {&dense, &hybrid};
+  SilentMonitor silent;
+  progress.stage("throughput", std::int64_t{4} * options.repetitions);
+  for (int r = 0; r < options.repetitions; ++r) {
+    for (int i = 0; i < 2; ++i) {
+      const int which = (i + r) % 2;
+      sides[which].prefill.push_back(engine::measure_prefill(models[which]->transformer,
+                                                             runtime.tally, kPrefill, kBatch, 1,
+                                                             silent)
+                                         .mean);
+      progress.advance(4 * r + i + 1, {});
+      progress.check();
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int which = (i + r) % 2;
+      const engine::Throughput t =
+          engine::measure_decode(models[which]->transformer, runtime.tally, kDecode, 1, silent);
+      sides[which].decode.push_back(t.mean);
+      sides[which].bytes_per_token += t.bytes_per_token / options.repetitions;
+      progress.advance(4 * r + 2 + i + 1, {});
+      progress.check();
+    }
+  }
+}
+
+Json as_json(const Side& side) {
+  return {{"model", side.path},
+          {"perplexity", side.quality.perplexity},
+          {"perplexity_stderr", side.quality.perplexity_stderr},
+          {"prefill_tps", side.prefill_tps()},
+          {"prefill_tps_stddev", sample_stddev(side.prefill)},
+          {"decode_tps", side.decode_tps()},
+          {"decode_tps_stddev", sample_stddev(side.decode)},
+          {"bytes_per_token", side.bytes_per_token},
+          {"active_fraction", side.active_fraction},
+          {"file_bytes", side.file_bytes},
+          {"resident_bytes", side.resident_bytes}};
+}
+
+Json as_json(const Side (&sides)[2], const models::Divergence& divergence,
+             const CompareOptions& options) {
+  return {{"dense", as_json(sides[0])},
+          {"hybrid", as_json(sides[1])},
+          {"kl_mean", divergence.kl_mean},
+          {"kl_stderr", divergence.kl_stderr},
+          {"top1_agreement", divergence.top1_agreement},
+          {"n_chunks", divergence.dense.n_chunks},
+          {"n_ctx", divergence.dense.n_ctx},
+          {"n_tokens_scored", divergence.dense.n_tokens_scored},
+          {"n_threads", options.run.threads},
+          {"activations", options.run.activations},
+          {"repetitions", options.repetitions}};
+}
+
+std::string as_table(const Side (&sides)[2], const models::Divergence& divergence,
+                     const CompareOptions& options) {
+  const Side& dense = sides[0];
+  const Side& hybrid = sides[1];
+  const auto ratio = [](double h, double d) { return fmt::format("{:.3f}", h / d); };
+  const auto perplexity = [](const Side& s) {
+    return fmt::format("{:.3f} ± {:.3f}", s.quality.perplexity, s.quality.perplexity_stderr);
+  };
+  const auto speed = [](double middle, const std::vector<double>& samples) {
+    return fmt::format("{:.1f} ± {:.1f}", middle, sample_stddev(samples));
+  };
+  const auto megabytes = [](double bytes) { return fmt::format("{:.2f} MB", bytes / 1e6); };
+  const auto size = [](std::int64_t bytes) { return format_bytes(static_cast<double>(bytes)); };
+  const auto number = [](std::int64_t n) { return static_cast<double>(n); };
+  const std::string table = markdown_table(
+      {{"", "dense", "hybrid", "hybrid / dense"},
+       {"perplexity", perplexity(dense), perplexity(hybrid),
+        ratio(hybrid.quality.perplexity, dense.quality.perplexity)},
+       {"KL divergence from dense (nats)", "0",
+        fmt::format("{:.4f} ± {:.4f}", divergence.kl_mean, divergence.kl_stderr), ""},
+       {"top-1 agreement with dense", "100 %",
+        fmt::format("{:.1f} %", 100 * divergence.top1_agreement), ""},
+       {"prefill, pp512 (tokens/s)", speed(dense.prefill_tps(), dense.prefill),
+        speed(hybrid.prefill_tps(), hybrid.prefill),
+        ratio(hybrid.prefill_tps(), dense.prefill_tps())},
+       {"decode, tg128 (tokens/s)", speed(dense.decode_tps(), dense.decode),
+        speed(hybrid.decode_tps(), hybrid.decode), ratio(hybrid.decode_tps(), dense.decode_tps())},
+       {"bytes read per decoded token", megabytes(dense.bytes_per_token),
+        megabytes(hybrid.bytes_per_token), ratio(hybrid.bytes_per_token, dense.bytes_per_token)},
+       {"active fraction of the MLPs", fmt::format("{:.3f}", dense.active_fraction),
+        fmt::format("{:.3f}", hybrid.active_fraction),
+        ratio(hybrid.active_fraction, dense.active_fraction)},
+       {"file size", size(dense.file_bytes), size(hybrid.file_bytes),
+        ratio(number(hybrid.file_bytes), number(dense.file_bytes))},
+       {"resident memory", size(dense.resident_bytes), size(hybrid.resident_bytes),
+        ratio(number(hybrid.resident_bytes), number(dense.resident_bytes))}});
+  return fmt::format(
+      "{}\n{} chunks of {} tokens ({} scored), {} threads, {} activations; tokens/s: median ± "
+      "standard deviation of {} repetitions, the two models in turn.\n",
+      table, divergence.dense.n_chunks, divergence.dense.n_ctx, divergence.dense.n_tokens_scored,
+      options.run.threads, options.run.activations, options.repetitions);
+}
+
+void compare(const CompareOptions& options) {
+  Side sides[2];
+  sides[0].path = options.dense;
+  sides[1].path = options.hybrid;
+  // Opened once for the errors that opening tells; closed again, and no thread started, before the
+  // children that measure resident memory are forked.
+  for (const Side& side : sides) models::Checkpoint::load(side.path);
+  Progress progress(options.run.quiet);
+  progress.stage("resident memory", 2);
+  for (int i = 0; i < 2; ++i) {
+    sides[i].resident_bytes = measure_resident_bytes(sides[i].path, options.run);
+    progress.advance(i + 1, {});
+  }
+
+  Runtime runtime(options.run);
+  Model dense(options.dense, runtime.context);
+  Model hybrid(options.hybrid, runtime.context);
+  warn_beyond_context(dense, options.chunks.n_ctx, progress);
+  const std::vector<std::int32_t> tokens = read_data(options.data, *dense.tokenizer);
+  const models::Divergence divergence = models::evaluate_divergence(
+      dense.transformer, hybrid.transformer, *dense.tokenizer, tokens, options.chunks, progress);
+  sides[0].quality = divergence.dense;
+  sides[1].quality = divergence.hybrid;
+  measure_throughput(dense, hybrid, sides, options, runtime, progress);
+  for (int i = 0; i < 2; ++i) {
+    const Model& model = i == 0 ? dense : hybrid;
+    sides[i].active_fraction = model.checkpoint->active_fraction();
+    sides[i].file_bytes = model.checkpoint->file->file_bytes();
+  }
+  print(options.format == "json" ? to_text(as_json(sides, divergence, options))
+                                 : as_table(sides, divergence, options));
+}
+
+}  // namespace
+
+void add_compare(CLI::App& app, Action& action) {
+  auto options = std::make_shared<CompareOptions>();
+  CLI::App* cmd =
+      app.add_subcommand("compare", "Dense and hybrid side by side: quality, speed, bytes");
+  cmd->add_option("DENSE", options->dense, "Dense checkpoint (.gguf)")->required();
+  cmd->add_option("HYBRID", options->hybrid, "Hybrid made from it (.gguf)")->required();
+  cmd->add_option("--data", options->data, "Text file; .u32: token ids, raw little-endian uint32")
+      ->required();
+  add_chunk_options(*cmd, options->chunks);
+  cmd->add_option("-r,--repetitions", options->repetitions, "Throughput measurements of each model")
+      ->check(integer_between(1, 1000))
+      ->capture_default_str();
+  add_output_option(*cmd, options->format, {"md", "json"});
+  add_run_options(*cmd, options->run);
+  cmd->footer(
+      R"(Bytes per token are counted by the kernels while decoding. Resident memory is that of a process
+of its own that loaded one model, prefilled 512 tokens and decoded 32.
+
+Examples:
+  moesaic compare SmolLM2.gguf hybrid.gguf --data wiki.test.raw --chunks 40
+  moesaic compare SmolLM2.gguf hybrid.gguf --data wiki.test.raw -o json > table.json)");
+  cmd->callback([options, &action] { action = [options] { compare(*options); }; });
+}
+
+}  // namespace moesaic::tools

@@ -1,0 +1,130 @@
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <limits>
+#include <memory>
+
+#include "converter/convert.h"
+#include "tools/commands.h"
+#include "tools/options.h"
+#include "tools/output.h"
+#include "tools/progress.h"
+#include "tools/session.h"
+
+namespace moesaic::tools {
+namespace {
+
+struct Options {
+  converter::ConvertOptions convert;
+  std::string model, output;
+  std::string expert_type, router_type;
+  RunOptions run;
+};
+
+std::vector<std::string> dtype_names() {
+  std::vector<std::string> names;
+  for (const DTypeTraits& t : kDTypes) names.emplace_back(t.name);
+  return names;
+}
+
+/// True where both paths name one file, whether or not it exists yet.
+bool same_file(const std::filesystem::path& a, const std::filesystem::path& b) {
+  std::error_code error;
+  if (std::filesystem::equivalent(a, b, error)) return true;
+  return std::filesystem::weakly_canonical(a, error) == std::filesystem::weakly_canonical(b, error);
+}
+
+std::filesystem::path with_suffix(std::filesystem::path path, const char* suffix) {
+  return path += suffix;
+}
+
+std::string summary(const converter::ConvertReport& report, const std::filesystem::path& output) {
+  std::vector<std::vector<std::string>> rows = {{"layer", "kind", "shared", "experts", "selected",
+                                                 "router rank", "bypass rank", "active",
+                                                 "closed form", "distilled"}};
+  for (const converter::LayerReport& layer : report.layers) {
+    const bool dense = layer.kind == "dense";
+    const auto count = [dense](std::int64_t n) { return dense ? "" : std::to_string(n); };
+    rows.push_back({std::to_string(layer.layer), layer.kind, count(layer.n_shared),
+                    count(layer.n_experts), count(layer.n_active), count(layer.router_rank),
+                    count(layer.bypass_rank), fmt::format("{:.3f}", layer.active_fraction),
+                    dense ? "" : fmt::format("{:.4f}", layer.error_closed_form),
+                    dense ? "" : fmt::format("{:.4f}", layer.error_distilled)});
+  }
+  return fmt::format(
+      "{}\nactive fraction {:.4f} (mean over layers, router and bypass counted), {} calibration "
+      "tokens\n{} and {} at most in memory\n\n{}\n{}\n{}\n",
+      markdown_table(rows), report.active_fraction, report.n_tokens, format_seconds(report.seconds),
+      format_bytes(static_cast<double>(report.peak_memory_bytes)), output.string(),
+      with_suffix(output, ".report.json").string(), with_suffix(output, ".report.html").string());
+}
+
+void convert(Options& options) {
+  converter::ConvertOptions& convert = options.convert;
+  convert.model = options.model;
+  convert.output = options.output;
+  if (same_file(convert.model, convert.output)) {
+    throw UsageError(
+        fmt::format("-o {}: is the checkpoint to convert, expected another file", options.output));
+  }
+  if (!options.expert_type.empty()) convert.expert_dtype = dtype_from_name(options.expert_type);
+  if (!options.router_type.empty()) convert.router_dtype = dtype_from_name(options.router_type);
+
+  Runtime runtime(options.run);
+  Progress progress(options.run.quiet);
+  try {
+    print(summary(converter::convert(convert, runtime.context, progress), convert.output));
+  } catch (const Interrupted&) {
+    const std::filesystem::path state = with_suffix(convert.output, ".state");
+    throw Interrupted(
+        std::filesystem::exists(state)
+            ? fmt::format("interrupted: finished layers are kept in {}; the same command with "
+                          "--resume goes on from there",
+                          state.string())
+            : "interrupted: nothing was finished yet, nothing is kept");
+  }
+}
+
+}  // namespace
+
+void add_convert(CLI::App& app, Action& action) {
+  auto options = std::make_shared<Options>();
+  converter::ConvertOptions& convert_options = options->convert;
+  CLI::App* cmd = app.add_subcommand("convert", "Dense checkpoint → secret mixture of experts");
+  cmd->add_option("MODEL", options->model, "Checkpoint (.gguf)")->required();
+  cmd->add_option("-o,--output", options->output, "Hybrid to write (.gguf)")->required();
+  cmd->add_option("--data", convert_options.data,
+                  "Calibration text file, or self: text that the model samples itself")
+      ->capture_default_str();
+  cmd->add_option("--active", convert_options.active,
+                  "Mean active fraction of the MLPs, router and bypass counted")
+      ->check(finite_between(0.01, 1))
+      ->capture_default_str();
+  cmd->add_option("--recipe", convert_options.recipe, "How much work to put in: fast")
+      ->check(CLI::IsMember({"fast"}))
+      ->capture_default_str();
+  cmd->add_option("--tokens", convert_options.tokens, "Calibration tokens (default: the recipe's)")
+      ->check(integer_between(1, std::int64_t{1} << 40));
+  cmd->add_flag("--resume", convert_options.resume, "Go on from what an interrupted run left");
+  cmd->add_option("--expert-type", options->expert_type,
+                  "Format of the experts (default: the dense MLP's own where it can be written)")
+      ->check(CLI::IsMember(dtype_names()));
+  cmd->add_option("--router-type", options->router_type, "Format of router and bypass")
+      ->check(CLI::IsMember(dtype_names()));
+  cmd->add_option("--seed", convert_options.seed, "Seed of everything that is drawn")
+      ->check(integer_between(0, std::numeric_limits<std::int64_t>::max()))
+      ->capture_default_str();
+  add_run_options(*cmd, options->run);
+  cmd->footer(
+      R"(Leaves OUT.gguf, OUT.gguf.report.json and OUT.gguf.report.html. While it runs, finished layers
+are kept in OUT.gguf.state: after Ctrl-C or a crash, the same command with --resume goes on. The
+same seed and thread count give the same file, byte for byte.
+
+Examples:
+  moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --active 0.5
+  moesaic convert SmolLM2.gguf -o hybrid.gguf            (data-free: calibrates on its own samples)
+  moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --resume)");
+  cmd->callback([options, &action] { action = [options] { convert(*options); }; });
+}
+
+}  // namespace moesaic::tools
