@@ -1,6 +1,8 @@
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -14,12 +16,25 @@ namespace moesaic::converter {
 /// kept) and `moesaic.*` keys, its tensors as they were and in their order, a converted layer's
 /// ffn_gate/up/down replaced by its `blk.N.moe.*` tensors. Atomic (models::GgufWriter).
 /// Deterministic: no times, no paths but the source's file name.
+///
+/// Besides the keys of models/secret_moe_file.h, for readers of the file (nothing depends on them):
+///   moesaic.layer.{n_shared,n_experts,router_rank,bypass_rank}  [u32] per layer
+///   moesaic.layer.{active_fraction,sensitivity}                 [f32] per layer
+///   moesaic.layer.{error_closed_form,error_distilled}           [f32] per layer
+///   moesaic.seed, moesaic.calibration_tokens                    u64
+///   moesaic.active_target                                       f32
+///
+/// `layers` holds every layer of the model in order. Throws InputError otherwise, FormatError if
+/// the dense file lacks what is to be replaced, IoError.
 void assemble(const models::GgufFile& dense, std::span<const SavedLayer> layers,
               const ConvertOptions& options, const ConvertReport& report,
               const std::filesystem::path& output);
 
-/// Bytes that assemble() will write at most, before the layers exist: the dense file's size plus
-/// routers and bypass.
-std::int64_t estimate_output_bytes(const models::GgufFile& dense);
+/// Bytes that assemble() will write at most, before the layers exist: the dense file's size, plus
+/// what its MLPs grow by where their format cannot be written, plus routers and bypass of a rank up
+/// to d_model / 4 each. `expert_dtype`, `router_dtype` as in ConvertOptions.
+std::int64_t estimate_output_bytes(const models::GgufFile& dense,
+                                   std::optional<DType> expert_dtype = {},
+                                   std::optional<DType> router_dtype = {});
 
 }  // namespace moesaic::converter

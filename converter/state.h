@@ -21,18 +21,32 @@ struct SavedLayer {
   std::optional<kernels::SecretMoeView> view;    // nothing for a layer that stays dense
 };
 
-/// What a conversion keeps beside its output between runs: OUTPUT.state/ with `job.json`
-/// (fingerprint of options, checkpoint, data, thread count and seed), `calibration.u32`,
-/// `plan.json` and `layer-NNN.gguf`. Every file is written atomically, so a kill at any moment
-/// leaves either a whole file or none.
+/// What a conversion keeps beside its output between runs: OUTPUT.state/ with
+///
+///   job.json          fingerprint of options, checkpoint, data, thread count and seed
+///   calibration.u32   ids, little-endian; good once calibration.json, with their SHA-256, is there
+///   plan.json         what each layer becomes
+///   layer-NNN.gguf    a finished layer
+///   time.json         seconds spent so far
+///
+/// Every file is written atomically, so a kill at any moment leaves either a whole file or none;
+/// temporary files that a kill left, here and beside the output, are removed by the next run. One
+/// process at a time: the folder is locked (flock) while the object lives.
+///
+/// A file that is damaged all the same (by the disk, by hand) makes the load functions throw a
+/// FormatError that names it and says what to remove. All of them throw IoError.
 class StateFolder {
  public:
   /// Opens OUTPUT.state. With `resume` and a folder there: takes it over if its fingerprint equals,
-  /// else throws InputError that says which field differs (found, expected). Without `resume` and a
-  /// folder there: throws InputError that says to pass --resume or remove it... unless it holds
-  /// nothing finished. Creates it otherwise.
+  /// else throws InputError that says which fields differ (found, expected). Without `resume` and
+  /// finished layers there: throws InputError that says to pass --resume or remove it; without
+  /// finished layers, starts over in it. Creates it otherwise. Throws InputError if another process
+  /// works in it. `fingerprint_json` is the text of a JSON object.
   StateFolder(const std::filesystem::path& output, const std::string& fingerprint_json,
               bool resume);
+  ~StateFolder();
+  StateFolder(const StateFolder&) = delete;
+  StateFolder& operator=(const StateFolder&) = delete;
 
   std::optional<std::vector<std::int32_t>> load_calibration() const;
   void save_calibration(const std::vector<std::int32_t>& tokens);
@@ -45,13 +59,18 @@ class StateFolder {
   /// Seconds spent by earlier runs, and adding this run's.
   double seconds() const;
   void add_seconds(double seconds);
-  /// Removes the folder, after the output was written.
+  /// Removes the folder's own files and the folder, after the output was written. A folder that
+  /// holds anything else stays, with what is not ours.
   void remove();
 
   const std::filesystem::path& path() const { return path_; }
 
  private:
+  std::filesystem::path layer_path(int layer) const;
+  void check_fingerprint(const std::string& expected) const;
+
   std::filesystem::path path_;
+  int lock_ = -1;  // descriptor of the folder
 };
 
 }  // namespace moesaic::converter
