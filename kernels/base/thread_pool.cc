@@ -1,6 +1,7 @@
 #include "kernels/base/thread_pool.h"
 
 #include <algorithm>
+#include <system_error>
 
 #include "kernels/base/error.h"
 
@@ -27,8 +28,9 @@ void pause() {
 // progress.
 template <class Done>
 void spin_until(Done&& done) {
-  for (int i = 0; !done(); ++i) {
+  for (int i = 0; !done();) {
     if (i < kSpins) {
+      ++i;
       pause();
     } else {
       std::this_thread::yield();
@@ -49,10 +51,20 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads) {
   require<InputError>(n_threads >= 1 && n_threads <= 1024, "threads: {} given, expected 1 to 1024",
                       n_threads);
   errors_.resize(static_cast<std::size_t>(n_threads));
-  for (int i = 1; i < n_threads; ++i) threads_.emplace_back([this, i] { worker(i); });
+  threads_.reserve(static_cast<std::size_t>(n_threads));
+  try {
+    for (int i = 1; i < n_threads; ++i) threads_.emplace_back([this, i] { worker(i); });
+  } catch (const std::system_error& e) {
+    const std::size_t n_started = threads_.size() + 1;
+    stop();
+    throw IoError(fmt::format("threads: {} started, expected {}: {}", n_started, n_threads,
+                              e.code().message()));
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;

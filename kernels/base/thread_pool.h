@@ -27,7 +27,8 @@ Range split(std::int64_t n, int n_parts, int part, std::int64_t align = 1);
 /// sleep. The calling thread is worker 0. One call at a time.
 class ThreadPool {
  public:
-  /// n_threads >= 1, the caller included. Throws InputError otherwise.
+  /// n_threads in [1, 1024], the caller included. Throws InputError otherwise, IoError if the
+  /// system does not start that many.
   explicit ThreadPool(int n_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -52,6 +53,7 @@ class ThreadPool {
   using Task = void (*)(void*, int);
   void run_erased(Task task, void* arg);
   void worker(int thread);
+  void stop();
 
   int n_threads_;
   std::vector<std::thread> threads_;
