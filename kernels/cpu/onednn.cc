@@ -1,0 +1,75 @@
+#include "kernels/cpu/onednn.h"
+
+#include <dnnl.h>
+#include <omp.h>
+
+#include <dnnl.hpp>
+
+#include "kernels/base/error.h"
+
+namespace moesaic::kernels {
+namespace {
+
+/// Our pool's threads are the parallelism: a product inside one of them must not start a team of
+/// OpenMP threads. The setting belongs to the calling thread.
+void keep_to_this_thread() {
+  thread_local const bool once = [] {
+    omp_set_num_threads(1);
+    return true;
+  }();
+  (void)once;
+}
+
+const dnnl::engine& cpu_engine() {
+  static const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
+  return engine;
+}
+
+dnnl::memory::desc matrix(std::int64_t rows, std::int64_t cols, dnnl::memory::data_type type,
+                          bool transposed, std::int64_t ld) {
+  const dnnl::memory::dims strides =
+      transposed ? dnnl::memory::dims{1, ld} : dnnl::memory::dims{ld, 1};
+  return {{rows, cols}, type, strides};
+}
+
+}  // namespace
+
+void gemm_f32(const Gemm& g, const float* a, const float* b, float* c) {
+  keep_to_this_thread();
+  const dnnl_status_t status = dnnl_sgemm(g.trans_a ? 'T' : 'N', g.trans_b ? 'T' : 'N', g.m, g.n,
+                                          g.k, g.alpha, a, g.lda, b, g.ldb, g.beta, c, g.ldc);
+  require<Error>(status == dnnl_success, "oneDNN: sgemm [{}, {}, {}] failed with status {}", g.m,
+                 g.n, g.k, static_cast<int>(status));
+}
+
+void gemm_bf16(const Gemm& g, const std::uint16_t* a, const std::uint16_t* b, float* c) {
+  keep_to_this_thread();
+  using dnnl::memory;
+  try {
+    const dnnl::engine& engine = cpu_engine();
+    const memory::desc a_desc = matrix(g.m, g.k, memory::data_type::bf16, g.trans_a, g.lda);
+    const memory::desc b_desc = matrix(g.k, g.n, memory::data_type::bf16, g.trans_b, g.ldb);
+    const memory::desc c_desc = matrix(g.m, g.n, memory::data_type::f32, false, g.ldc);
+    dnnl::primitive_attr attr;
+    if (g.alpha != 1) attr.set_output_scales(0, {g.alpha});
+    if (g.beta != 0) {
+      dnnl::post_ops post;
+      post.append_sum(g.beta);
+      attr.set_post_ops(post);
+    }
+    // Made anew each time; oneDNN keeps the generated code in its own cache.
+    const dnnl::matmul product(
+        dnnl::matmul::primitive_desc(dnnl::matmul::desc(a_desc, b_desc, c_desc), attr, engine));
+    dnnl::stream stream(engine);
+    product.execute(stream,
+                    {{DNNL_ARG_SRC, memory(a_desc, engine, const_cast<std::uint16_t*>(a))},
+                     {DNNL_ARG_WEIGHTS, memory(b_desc, engine, const_cast<std::uint16_t*>(b))},
+                     {DNNL_ARG_DST, memory(c_desc, engine, c)}});
+    stream.wait();
+  } catch (const dnnl::error& e) {
+    throw Error(
+        fmt::format("oneDNN: bfloat16 product [{}, {}, {}] failed: {}", g.m, g.n, g.k, e.what()));
+  }
+}
+
+}  // namespace moesaic::kernels
