@@ -27,7 +27,8 @@ class Tokenizer {
   virtual std::string piece(std::int32_t id, bool with_special = false) const = 0;
   virtual std::int64_t vocab_size() const = 0;
 
-  std::string decode(const std::vector<std::int32_t>& ids, bool with_special = false) const;
+  /// The text of a whole sequence: the pieces, less the space that some models put in front.
+  virtual std::string decode(const std::vector<std::int32_t>& ids, bool with_special = false) const;
 
   // Shared by all kinds, read from the file.
   std::optional<std::int32_t> bos;
