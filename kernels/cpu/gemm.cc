@@ -53,8 +53,7 @@ void gemm(Context& ctx, bool trans_a, bool trans_b, float alpha, ConstMatrix a, 
     const std::int64_t a_first = trans_a ? rows.begin : rows.begin * lda;
     const std::int64_t b_first = trans_b ? cols.begin * ldb : cols.begin;
     Matrix part(c.row(rows.begin) + cols.begin, rows.size(), cols.size(), c.stride);
-    // A sum without terms, and what oneDNN leaves open: C before beta is applied may hold anything.
-    if (k == 0 || (bf16 && beta != 0 && beta != 1)) {
+    if (k == 0 || (beta != 0 && beta != 1)) {
       for (std::int64_t r = 0; r < part.rows; ++r) {
         for (std::int64_t j = 0; j < part.cols; ++j) {
           part.row(r)[j] = beta == 0 ? 0.0f : part.row(r)[j] * beta;
@@ -71,7 +70,7 @@ void gemm(Context& ctx, bool trans_a, bool trans_b, float alpha, ConstMatrix a, 
                        .ldb = ldb,
                        .ldc = c.stride,
                        .alpha = alpha,
-                       .beta = bf16 && beta != 0 ? 1.0f : beta};
+                       .accumulate = beta != 0};
     if (bf16) {
       gemm_bf16(product, a_bits.data() + a_first, b_bits.data() + b_first, part.data);
     } else {

@@ -1,6 +1,5 @@
 #include "kernels/cpu/onednn.h"
 
-#include <dnnl.h>
 #include <omp.h>
 
 #include <dnnl.hpp>
@@ -32,44 +31,43 @@ dnnl::memory::desc matrix(std::int64_t rows, std::int64_t cols, dnnl::memory::da
   return {{rows, cols}, type, strides};
 }
 
-}  // namespace
-
-void gemm_f32(const Gemm& g, const float* a, const float* b, float* c) {
-  keep_to_this_thread();
-  const dnnl_status_t status = dnnl_sgemm(g.trans_a ? 'T' : 'N', g.trans_b ? 'T' : 'N', g.m, g.n,
-                                          g.k, g.alpha, a, g.lda, b, g.ldb, g.beta, c, g.ldc);
-  require<Error>(status == dnnl_success, "oneDNN: sgemm [{}, {}, {}] failed with status {}", g.m,
-                 g.n, g.k, static_cast<int>(status));
-}
-
-void gemm_bf16(const Gemm& g, const std::uint16_t* a, const std::uint16_t* b, float* c) {
-  keep_to_this_thread();
+template <class T>
+void multiply(const Gemm& g, dnnl::memory::data_type type, const T* a, const T* b, float* c) {
   using dnnl::memory;
+  keep_to_this_thread();
   try {
     const dnnl::engine& engine = cpu_engine();
-    const memory::desc a_desc = matrix(g.m, g.k, memory::data_type::bf16, g.trans_a, g.lda);
-    const memory::desc b_desc = matrix(g.k, g.n, memory::data_type::bf16, g.trans_b, g.ldb);
+    const memory::desc a_desc = matrix(g.m, g.k, type, g.trans_a, g.lda);
+    const memory::desc b_desc = matrix(g.k, g.n, type, g.trans_b, g.ldb);
     const memory::desc c_desc = matrix(g.m, g.n, memory::data_type::f32, false, g.ldc);
     dnnl::primitive_attr attr;
     if (g.alpha != 1) attr.set_output_scales(0, {g.alpha});
-    if (g.beta != 0) {
+    if (g.accumulate) {
       dnnl::post_ops post;
-      post.append_sum(g.beta);
+      post.append_sum();
       attr.set_post_ops(post);
     }
     // Made anew each time; oneDNN keeps the generated code in its own cache.
     const dnnl::matmul product(
         dnnl::matmul::primitive_desc(dnnl::matmul::desc(a_desc, b_desc, c_desc), attr, engine));
     dnnl::stream stream(engine);
-    product.execute(stream,
-                    {{DNNL_ARG_SRC, memory(a_desc, engine, const_cast<std::uint16_t*>(a))},
-                     {DNNL_ARG_WEIGHTS, memory(b_desc, engine, const_cast<std::uint16_t*>(b))},
-                     {DNNL_ARG_DST, memory(c_desc, engine, c)}});
+    product.execute(stream, {{DNNL_ARG_SRC, memory(a_desc, engine, const_cast<T*>(a))},
+                             {DNNL_ARG_WEIGHTS, memory(b_desc, engine, const_cast<T*>(b))},
+                             {DNNL_ARG_DST, memory(c_desc, engine, c)}});
     stream.wait();
   } catch (const dnnl::error& e) {
-    throw Error(
-        fmt::format("oneDNN: bfloat16 product [{}, {}, {}] failed: {}", g.m, g.n, g.k, e.what()));
+    throw Error(fmt::format("oneDNN: product [{}, {}, {}] failed: {}", g.m, g.n, g.k, e.what()));
   }
+}
+
+}  // namespace
+
+void gemm_f32(const Gemm& g, const float* a, const float* b, float* c) {
+  multiply(g, dnnl::memory::data_type::f32, a, b, c);
+}
+
+void gemm_bf16(const Gemm& g, const std::uint16_t* a, const std::uint16_t* b, float* c) {
+  multiply(g, dnnl::memory::data_type::bf16, a, b, c);
 }
 
 }  // namespace moesaic::kernels
