@@ -24,17 +24,19 @@ void pause() {
 #endif
 }
 
-// Spins until done(); gives the core away now and then, so that more threads than cores still make
-// progress.
-template <class Done>
-void spin_until(Done&& done) {
-  for (int i = 0; !done();) {
+// Waits until `value` is no longer in a state that `waiting` holds for: spins first, then sleeps in
+// the kernel until notified. Yielding instead would give a whole time slice to whoever else is
+// busy.
+template <class T, class Waiting>
+void spin_then_wait(const std::atomic<T>& value, Waiting&& waiting) {
+  T now = value.load(std::memory_order_acquire);
+  for (int i = 0; waiting(now); ++i) {
     if (i < kSpins) {
-      ++i;
       pause();
     } else {
-      std::this_thread::yield();
+      value.wait(now, std::memory_order_acquire);
     }
+    now = value.load(std::memory_order_acquire);
   }
 }
 
@@ -91,7 +93,7 @@ void ThreadPool::run_erased(Task task, void* arg) {
   } catch (...) {
     errors_[0] = std::current_exception();
   }
-  spin_until([&] { return running_.load(std::memory_order_acquire) == 0; });
+  spin_then_wait(running_, [](int running) { return running != 0; });
   for (std::exception_ptr& e : errors_) {
     if (e) {
       std::exception_ptr first = e;
@@ -122,7 +124,7 @@ void ThreadPool::worker(int thread) {
     } catch (...) {
       errors_[static_cast<std::size_t>(thread)] = std::current_exception();
     }
-    running_.fetch_sub(1, std::memory_order_release);
+    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
   }
 }
 
@@ -132,9 +134,10 @@ void ThreadPool::barrier() {
   if (barrier_waiting_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
     barrier_waiting_.store(0, std::memory_order_relaxed);
     barrier_phase_.store(phase + 1, std::memory_order_release);
+    barrier_phase_.notify_all();
     return;
   }
-  spin_until([&] { return barrier_phase_.load(std::memory_order_acquire) != phase; });
+  spin_then_wait(barrier_phase_, [phase](std::uint32_t now) { return now == phase; });
 }
 
 }  // namespace moesaic
