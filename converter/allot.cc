@@ -1,9 +1,7 @@
 #include "converter/allot.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <utility>
 
 #include "kernels/base/error.h"
 
@@ -45,25 +43,21 @@ LayerPlan plan_for_fraction(const PlanShape& s, double fraction) {
   return plan;
 }
 
-double error_curve(double fraction) {
-  constexpr std::array<std::pair<double, double>, 6> kPoints = {
-      {{0.15, 0.36}, {0.326, 0.231}, {0.49, 0.152}, {0.58, 0.120}, {0.80, 0.05}, {1.0, 0.0}}};
-  if (fraction <= kPoints.front().first) {
-    return kPoints.front().second + (kPoints.front().first - fraction);
-  }
-  for (std::size_t i = 1; i < kPoints.size(); ++i) {
-    if (fraction <= kPoints[i].first) {
-      const auto [x0, y0] = kPoints[i - 1];
-      const auto [x1, y1] = kPoints[i];
-      return y0 + (y1 - y0) * (fraction - x0) / (x1 - x0);
-    }
-  }
-  return 0;
+double LossCurve::at(double fraction) const {
+  const auto loss = [&](std::size_t i) {
+    return i < losses.size() ? std::max(0.0, losses[i]) : 0.0;
+  };
+  const auto place = [&](std::size_t i) { return i < fractions.size() ? fractions[i] : 1.0; };
+  if (fraction >= 1) return 0;
+  std::size_t i = 1;  // the segment that ends at point i holds the fraction
+  while (i < fractions.size() && fraction > fractions[i]) ++i;
+  const double slope = (loss(i) - loss(i - 1)) / (place(i) - place(i - 1));
+  return std::max(0.0, loss(i - 1) + slope * (fraction - place(i - 1)));
 }
 
-std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const double> sensitivity,
+std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const LossCurve> curves,
                              double active, double least) {
-  const std::size_t n = sensitivity.size();
+  const std::size_t n = curves.size();
   const std::vector<double> options = choices(std::min(least, active));
   require<InputError>(n > 0 && active > 0 && active <= 1,
                       "--active: {} given, expected a fraction in (0, 1]", active);
@@ -80,8 +74,7 @@ std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const double> sen
     for (std::size_t l = 0; l < n; ++l) {
       double best = 0;
       for (std::size_t i = 0; i < options.size(); ++i) {
-        const double value =
-            std::max(0.0, sensitivity[l]) * error_curve(options[i]) + lambda * costs[i];
+        const double value = curves[l].at(options[i]) + lambda * costs[i];
         if (i == 0 || value < best) {
           best = value;
           picked[l] = i;
@@ -115,9 +108,10 @@ std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const double> sen
       if (picked[l] + 1 >= options.size()) continue;
       const double extra = costs[picked[l] + 1] - costs[picked[l]];
       if (extra <= 0 || used + extra > total) continue;
-      const double gain = std::max(1e-12, sensitivity[l]) *
-                          (error_curve(options[picked[l]]) - error_curve(options[picked[l] + 1])) /
-                          extra;
+      // Layers without a measured gain come last, but still get what nobody else can use.
+      const double gain =
+          std::max(1e-12, curves[l].at(options[picked[l]]) - curves[l].at(options[picked[l] + 1])) /
+          extra;
       if (gain > best) {
         best = gain;
         best_layer = l;

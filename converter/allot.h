@@ -22,17 +22,21 @@ struct PlanShape {
 /// naming the smallest fraction that does.
 LayerPlan plan_for_fraction(const PlanShape& shape, double fraction);
 
-/// Share of the output's variance that a layer leaves unexplained at an active fraction, relative
-/// to the others': the measured curve of DESIGN.md section 6 (SmolLM2 layer 15), linear between its
-/// points, 0 at 1.
-double error_curve(double fraction);
+/// What one layer alone costs the model at the fractions where it was measured.
+struct LossCurve {
+  std::vector<double> fractions;  // ascending, below 1
+  std::vector<double> losses;     // nats; negative counts as 0
 
-/// Splits a mean active fraction over layers so that Σ_l sensitivity_l · error_curve(f_l) is
-/// smallest: per layer the choice among dense and fractions in steps of 1/48 from `least` on, by a
-/// Lagrange multiplier found by bisection and a greedy fill of what is left. sensitivity_l: rise of
-/// the loss with layer l alone converted at one common fraction; negative counts as 0. Throws
-/// InputError if `active` is below what the smallest plans need.
-std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const double> sensitivity,
+  /// Linear between the points and to 0 at fraction 1; below the first point the first two's slope
+  /// goes on.
+  double at(double fraction) const;
+};
+
+/// Splits a mean active fraction over layers so that Σ_l curves[l].at(f_l) is smallest: per layer
+/// the choice among dense and fractions in steps of 1/48 from `least` on, by a Lagrange multiplier
+/// found by bisection and a greedy fill of what is left. Throws InputError if `active` is below
+/// what the smallest plans need.
+std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const LossCurve> curves,
                              double active, double least);
 
 }  // namespace moesaic::converter

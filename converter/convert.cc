@@ -201,6 +201,10 @@ class Conversion {
         std::get<models::DenseMlp>(mlp),
         fmt::format("{}: blk.{}", model_.checkpoint().file->path().filename().string(), layer));
     Student student = start_from_neurons(ctx_, teacher, sample, plan, recipe.router_ridge);
+    // From here on the selection is the runtime's: it will have the router in its file format.
+    const DType experts = expert_dtype(job_.options, std::get<models::DenseMlp>(mlp));
+    const DType router = router_dtype(job_.options, job_.shape);
+    round_inputs_to(student, experts, router);
     fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge);
     AlignedBuffer<float> y_hat(static_cast<std::size_t>(held_out.x.rows * d_));
     const Matrix mh(y_hat.data(), held_out.x.rows, d_);
@@ -217,10 +221,10 @@ class Conversion {
 
     // Pack what the features depend on, then fit once more what comes after them: rounding is so
     // made up for.
-    const DType experts = expert_dtype(job_.options, std::get<models::DenseMlp>(mlp));
-    const DType router = router_dtype(job_.options, job_.shape);
-    round_inputs_to(student, experts, router);
-    fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge);
+    if (recipe.distill.passes > 0) {
+      round_inputs_to(student, experts, router);
+      fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge);
+    }
     models::PackedSecretMoe packed = pack(student, experts, router);
     forward_rows(ctx_, packed.view(), held_out.x, mh);
     report.error_distilled = relative_error(held_out, mh);
@@ -299,7 +303,6 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
                       "--active: {} given, expected a fraction above 0 and at most 1",
                       options.active);
   const Recipe& recipe = find_recipe(options.recipe);
-  set_linalg_threads(caller_ctx.pool.n_threads());
   Context ctx{caller_ctx.pool, caller_ctx.workspace, caller_ctx.tally, Activations::BF16};
 
   const auto checkpoint = models::Checkpoint::load(options.model);
@@ -374,12 +377,20 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
     const std::int64_t windows = std::clamp<std::int64_t>(
         recipe.sensitivity_tokens / calibration.n_ctx, 2, calibration.n_windows());
     monitor.stage("measure the layers' sensitivity", n_layers);
-    sensitivity = measure_sensitivity(
+    const std::vector<double> fractions = {std::min(0.8 * options.active, 0.7),
+                                           std::min(1.3 * options.active, 0.85)};
+    std::vector<LayerPlan> trials;
+    for (const double f : fractions) trials.push_back(plan_for_fraction(job.shape, f));
+    const auto losses = measure_sensitivity(
         model,
         std::span(calibration.tokens).first(static_cast<std::size_t>(windows * calibration.n_ctx)),
-        calibration.n_ctx, plan_for_fraction(job.shape, std::min(options.active, 0.9)), recipe,
-        monitor);
-    plans = allot(job.shape, sensitivity, options.active, recipe.least_fraction);
+        calibration.n_ctx, trials, recipe, monitor);
+    std::vector<LossCurve> curves;
+    for (const auto& row : losses) {
+      curves.push_back({fractions, row});
+      sensitivity.push_back(curves.back().at(options.active));
+    }
+    plans = allot(job.shape, curves, options.active, recipe.least_fraction);
     state.save_plan(plan_to_json(plans, sensitivity));
   }
   for (const LayerPlan& plan : plans) {

@@ -15,6 +15,13 @@ namespace {
 // Rows that are worked on at a time: GEMMs are at full speed, and a tile of 1,536 neurons is 12 MB.
 constexpr std::int64_t kTile = 2048;
 
+// Columns of the Gram matrix per product: four products of five eighths of the work.
+constexpr std::int64_t kGramBlock = 544;
+
+// Rows that means, importances and the router are estimated from: a rank-64 map of 576 inputs is
+// well determined by them, and the activations need not be computed twice more for the rest.
+constexpr std::int64_t kRouterRows = 65536;
+
 std::span<float> take(Context& ctx, std::int64_t n) {
   return ctx.workspace.take<float>(static_cast<std::size_t>(n));
 }
@@ -83,7 +90,7 @@ NeuronMoments neuron_moments(Context& ctx, const Neurons& teacher, const LayerSa
   NeuronMoments m{std::vector<double>(n), std::vector<double>(n), std::vector<double>(n)};
   std::vector<double> square(n);
   double total = 0;
-  for_tiles(ctx, s.n_fit, [&](std::int64_t first, std::int64_t rows) {
+  for_tiles(ctx, std::min(kRouterRows, s.n_fit), [&](std::int64_t first, std::int64_t rows) {
     Matrix h = take(ctx, rows, teacher.n);
     neuron_activations(ctx, teacher, s.x.slice(first, rows), h, take(ctx, rows, teacher.n));
     const float* w = s.weight.data() + first;
@@ -178,7 +185,7 @@ Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSamp
   std::vector<double> x_mean(ud);
   std::vector<double> c_mean(ue);
   double total = 0;
-  for_tiles(ctx, s.n_fit, [&](std::int64_t first, std::int64_t rows) {
+  for_tiles(ctx, std::min(kRouterRows, s.n_fit), [&](std::int64_t first, std::int64_t rows) {
     Matrix h = take(ctx, rows, teacher.n);
     Matrix c = take(ctx, rows, n_experts);
     Matrix xw = take(ctx, rows, d);
@@ -261,9 +268,19 @@ void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double by
       for (std::int64_t j = 0; j < d; ++j)
         target.row(t)[j] = root * (target.row(t)[j] + s.y.row(first + t)[j]);
     });
-    kernels::gemm(ctx, true, false, 1, features, features, 1, {gram.data(), f, f});
+    // The Gram matrix is symmetric: only blocks on and above the diagonal are computed.
+    for (std::int64_t begin = 0; begin < f; begin += kGramBlock) {
+      const std::int64_t width = std::min(kGramBlock, f - begin);
+      kernels::gemm(ctx, true, false, 1, {features.data + begin, rows, width, f},
+                    {features.data + begin, rows, f - begin, f}, 1,
+                    {gram.data() + begin * f + begin, width, f - begin, f});
+    }
     kernels::gemm(ctx, true, false, 1, features, target, 1, {cross.data(), f, d});
   });
+  for (std::int64_t i = 0; i < f; ++i) {
+    for (std::int64_t j = 0; j < i; ++j)
+      gram[static_cast<std::size_t>(i * f + j)] = gram[static_cast<std::size_t>(j * f + i)];
+  }
   const DMatrix g = to_double({gram.data(), f, f});
   const DMatrix c = to_double({cross.data(), f, d});
   DMatrix g_aa = g.block(0, 0, a, a);

@@ -9,8 +9,19 @@
 #include "kernels/base/error.h"
 
 namespace moesaic::converter {
+namespace {
 
-void set_linalg_threads(int n_threads) { openblas_set_num_threads(n_threads); }
+// BLAS keeps to the calling thread: its own workers would go on spinning between calls, beside our
+// pool, and results would depend on their number. The systems here take well under a second.
+void keep_blas_to_this_thread() {
+  static const bool once = [] {
+    openblas_set_num_threads(1);
+    return true;
+  }();
+  (void)once;
+}
+
+}  // namespace
 
 DMatrix DMatrix::block(std::int64_t r, std::int64_t c, std::int64_t n_r, std::int64_t n_c) const {
   DMatrix out(n_r, n_c);
@@ -25,6 +36,7 @@ DMatrix DMatrix::block(std::int64_t r, std::int64_t c, std::int64_t n_r, std::in
 // our lower triangle, and a row-major [n, m] block of right-hand sides goes through LAPACKE's
 // transposing interface.
 DMatrix cholesky(DMatrix a) {
+  keep_blas_to_this_thread();
   const auto n = static_cast<lapack_int>(a.rows);
   const lapack_int info = LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'U', n, a.data.data(), n);
   require<Error>(info == 0, "cholesky: matrix of order {} is not positive definite (minor {})", n,
@@ -50,6 +62,7 @@ void solve_cholesky(const DMatrix& l, DMatrix& b) {
 }
 
 DMatrix multiply(const DMatrix& a, bool trans_a, const DMatrix& b, bool trans_b) {
+  keep_blas_to_this_thread();
   const std::int64_t m = trans_a ? a.cols : a.rows;
   const std::int64_t k = trans_a ? a.rows : a.cols;
   const std::int64_t n = trans_b ? b.rows : b.cols;

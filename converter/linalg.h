@@ -8,9 +8,6 @@
 
 namespace moesaic::converter {
 
-/// Threads that BLAS and LAPACK use. Results are repeatable for a given number.
-void set_linalg_threads(int n_threads);
-
 /// Owned row-major double matrix for the small dense algebra of the fits (a few thousand rows at
 /// most).
 struct DMatrix {
