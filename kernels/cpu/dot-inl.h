@@ -36,6 +36,8 @@ void visit_format(DType dtype, Fn&& fn) {
   fn(AnyFormat{dtype});
 }
 
+inline constexpr AnyFormat kPlain{DType::F32};
+
 /// fn(first, n, values of elements [first, first + n)) for the pieces of a row.
 template <class Fn>
 void for_each_piece(DType dtype, const std::uint8_t* row, std::size_t cols, Fn&& fn) {
@@ -80,6 +82,8 @@ void add_scaled(AnyFormat format, const std::uint8_t* const (&rows)[n_rows], std
 }
 
 #else
+
+inline constexpr PackedF32 kPlain;
 
 HWY_INLINE float sum_lanes(V v) {
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3

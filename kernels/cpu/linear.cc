@@ -13,6 +13,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/cpu/dot-inl.h"
+#include "kernels/cpu/matvec.h"
 #include "kernels/cpu/onednn.h"
 #include "kernels/cpu/target.h"
 #include "kernels/quant.h"
@@ -72,7 +73,7 @@ void linear_few(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, bool
   }
   ctx.pool.run([&](int thread) {
     const Range range = split(w.rows, ctx.pool.n_threads(), thread);
-    HWY_DYNAMIC_DISPATCH(linear_rows)(w, range, x, y, accumulate);
+    matvec_rows(w, range, x, y, accumulate);
   });
 }
 
@@ -155,6 +156,10 @@ void linear_many(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, boo
 }
 
 }  // namespace
+
+void matvec_rows(const WeightView& w, Range rows, ConstMatrix x, Matrix y, bool accumulate) {
+  HWY_DYNAMIC_DISPATCH(linear_rows)(w, rows, x, y, accumulate);
+}
 
 void to_bf16_bits(const float* src, std::size_t n, std::uint16_t* dst) {
   HWY_DYNAMIC_DISPATCH(bf16_bits_span)(src, n, dst);

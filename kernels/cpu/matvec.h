@@ -1,0 +1,13 @@
+#pragma once
+
+#include "kernels/base/thread_pool.h"
+#include "kernels/base/view.h"
+
+namespace moesaic::kernels {
+
+/// Y[:, rows] = X W[rows, :]ᵀ, or Y[:, rows] += …, on the calling thread, unpacking in registers.
+/// What one (row, token) pair gets depends on neither the range nor the number of tokens. Shapes as
+/// in linear(), unchecked; no rounding of X, no tally.
+void matvec_rows(const WeightView& w, Range rows, ConstMatrix x, Matrix y, bool accumulate = false);
+
+}  // namespace moesaic::kernels
