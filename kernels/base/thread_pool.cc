@@ -26,7 +26,9 @@ void pause() {
 
 // Waits until `value` is no longer in a state that `waiting` holds for: spins first, then sleeps in
 // the kernel until notified. Yielding instead would give a whole time slice to whoever else is
-// busy.
+// busy. The change that is waited for must be sequentially consistent: notify skips the system call
+// when it sees no sleeper, and a weaker store could still be on its way while it looks, after the
+// sleeper has seen the old value.
 template <class T, class Waiting>
 void spin_then_wait(const std::atomic<T>& value, Waiting&& waiting) {
   T now = value.load(std::memory_order_acquire);
@@ -124,7 +126,7 @@ void ThreadPool::worker(int thread) {
     } catch (...) {
       errors_[static_cast<std::size_t>(thread)] = std::current_exception();
     }
-    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    if (running_.fetch_sub(1, std::memory_order_seq_cst) == 1) running_.notify_one();
   }
 }
 
@@ -133,7 +135,7 @@ void ThreadPool::barrier() {
   const std::uint32_t phase = barrier_phase_.load(std::memory_order_relaxed);
   if (barrier_waiting_.fetch_add(1, std::memory_order_acq_rel) == n_threads_ - 1) {
     barrier_waiting_.store(0, std::memory_order_relaxed);
-    barrier_phase_.store(phase + 1, std::memory_order_release);
+    barrier_phase_.store(phase + 1, std::memory_order_seq_cst);
     barrier_phase_.notify_all();
     return;
   }

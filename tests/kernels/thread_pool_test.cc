@@ -48,7 +48,7 @@ TEST(ThreadPool, EndsRightAfterItBegan) {
 }
 
 TEST(ThreadPool, EndsAfterOneRun) {
-  for (int i = 0; i < 200; ++i) {
+  for (int i = 0; i < 50; ++i) {
     std::atomic<int> calls{0};
     {
       ThreadPool pool(3);
@@ -64,7 +64,7 @@ TEST_P(ThreadPoolOf, CallsEachThreadOncePerRun) {
   ThreadPool pool(GetParam());
   // Plain integers: run() itself must order them.
   std::vector<int> calls(static_cast<std::size_t>(pool.n_threads()), 0);
-  for (int i = 1; i <= 3000; ++i) {
+  for (int i = 1; i <= 2000; ++i) {
     pool.run([&](int thread) { ++calls[static_cast<std::size_t>(thread)]; });
     ASSERT_EQ(calls, std::vector<int>(calls.size(), i));
   }
@@ -98,7 +98,7 @@ TEST_P(ThreadPoolOf, RunsAtTheMomentWorkersFallAsleep) {
 TEST_P(ThreadPoolOf, BarrierSeparatesPhases) {
   ThreadPool pool(GetParam());
   const auto n = static_cast<std::size_t>(pool.n_threads());
-  constexpr int kPhases = 500;
+  constexpr int kPhases = 200;
   std::vector<int> written(n, -1);
   std::vector<int> wrong(n, 0);
   for (int run = 0; run < 3; ++run) {
