@@ -38,50 +38,62 @@ Sampler::Sampler(const SamplingOptions& options) : options_(options), rng_(optio
   validate(options);
 }
 
+std::span<const float> Sampler::penalise(std::span<const float> logits,
+                                         std::span<const std::int32_t> history) {
+  penalised_.assign(logits.begin(), logits.end());
+  if (options_.repeat_last_n > 0) {
+    history =
+        history.last(std::min(history.size(), static_cast<std::size_t>(options_.repeat_last_n)));
+  }
+  for (const std::int32_t id : history) {
+    if (id < 0 || static_cast<std::size_t>(id) >= logits.size()) continue;
+    // From the raw logit, so that a token that stands there twice is penalised once.
+    const float raw = logits[static_cast<std::size_t>(id)];
+    penalised_[static_cast<std::size_t>(id)] =
+        raw > 0 ? raw / options_.repeat_penalty : raw * options_.repeat_penalty;
+  }
+  return penalised_;
+}
+
 std::int32_t Sampler::sample(std::span<const float> logits, std::span<const std::int32_t> history) {
   require<Error>(!logits.empty(), "sampler: no logits to draw from");
-  const bool penalise = options_.repeat_penalty != 1.0F && options_.repeat_last_n != 0;
-  if (options_.temperature == 0 && !penalise) {
+  if (options_.repeat_penalty != 1.0F && options_.repeat_last_n != 0) {
+    logits = penalise(logits, history);
+  }
+  if (options_.temperature == 0) {
     const std::int32_t best = argmax(logits);
     require<Error>(!std::isnan(logits[static_cast<std::size_t>(best)]),
                    "sampler: every logit is NaN");
     return best;
   }
 
-  candidates_.resize(logits.size());
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    candidates_[i] = {logits[i], static_cast<std::int32_t>(i)};
-  }
-  if (penalise) {
-    if (options_.repeat_last_n > 0) {
-      history =
-          history.last(std::min(history.size(), static_cast<std::size_t>(options_.repeat_last_n)));
-    }
-    for (const std::int32_t id : history) {
-      if (id < 0 || static_cast<std::size_t>(id) >= logits.size()) continue;
-      // From the raw logit, so that a token that stands there twice is penalised once.
-      const float raw = logits[static_cast<std::size_t>(id)];
-      candidates_[static_cast<std::size_t>(id)].logit =
-          raw > 0 ? raw / options_.repeat_penalty : raw * options_.repeat_penalty;
-    }
-  }
-  std::erase_if(candidates_, [](const Candidate& c) { return std::isnan(c.logit); });
-  require<Error>(!candidates_.empty(), "sampler: every logit is NaN");
-
   const auto before = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
   };
-  if (options_.temperature == 0) {
-    return std::min_element(candidates_.begin(), candidates_.end(), before)->id;
+  const std::size_t most =
+      options_.top_k > 0 ? static_cast<std::size_t>(options_.top_k) : logits.size();
+  candidates_.clear();
+  if (most < logits.size()) {
+    // The k best so far as a heap, the worst of them in front: one comparison for nearly all.
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      if (std::isnan(logits[i])) continue;
+      if (candidates_.size() == most) {
+        if (logits[i] <= candidates_.front().logit) continue;  // on ties the lower id stays
+        std::pop_heap(candidates_.begin(), candidates_.end(), before);
+        candidates_.pop_back();
+      }
+      candidates_.push_back({logits[i], static_cast<std::int32_t>(i)});
+      std::push_heap(candidates_.begin(), candidates_.end(), before);
+    }
+  } else {
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      if (!std::isnan(logits[i])) {
+        candidates_.push_back({logits[i], static_cast<std::int32_t>(i)});
+      }
+    }
   }
-
+  require<Error>(!candidates_.empty(), "sampler: every logit is NaN");
   std::size_t kept = candidates_.size();
-  if (options_.top_k > 0 && static_cast<std::size_t>(options_.top_k) < kept) {
-    kept = static_cast<std::size_t>(options_.top_k);
-    std::nth_element(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(kept),
-                     candidates_.end(), before);
-    candidates_.resize(kept);
-  }
   float max = -kInfinity;
   for (const Candidate& c : candidates_) max = std::max(max, c.logit);
 
@@ -128,30 +140,6 @@ std::int32_t Sampler::sample(std::span<const float> logits, std::span<const std:
     if (u < sum) break;
   }
   return last->id;
-}
-
-std::int32_t argmax(std::span<const float> logits) {
-  std::int32_t best = 0;
-  float max = -kInfinity;
-  bool found = false;
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    // The comparison is false for NaN; `found` lets a −∞ win over a NaN before it.
-    if (logits[i] > max || (!found && logits[i] == max)) {
-      best = static_cast<std::int32_t>(i);
-      max = logits[i];
-      found = true;
-    }
-  }
-  return best;
-}
-
-double log_sum_exp(std::span<const float> logits) {
-  float max = -kInfinity;
-  for (const float x : logits) max = std::max(max, x);
-  if (std::isinf(max)) return max;  // all −∞ (or none at all), or a +∞ among them
-  double sum = 0;
-  for (const float x : logits) sum += std::exp(static_cast<double>(x) - max);
-  return max + std::log(sum);
 }
 
 }  // namespace moesaic::engine

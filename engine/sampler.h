@@ -5,6 +5,8 @@
 #include <span>
 #include <vector>
 
+#include "engine/logits.h"
+
 namespace moesaic::engine {
 
 /// How the next token is drawn. Order, as in llama.cpp: repetition penalty, top-k, top-p, min-p,
@@ -34,6 +36,9 @@ class Sampler {
   std::int32_t sample(std::span<const float> logits, std::span<const std::int32_t> history);
 
  private:
+  std::span<const float> penalise(std::span<const float> logits,
+                                  std::span<const std::int32_t> history);
+
   SamplingOptions options_;
   std::mt19937_64 rng_;
   struct Candidate {
@@ -41,12 +46,7 @@ class Sampler {
     std::int32_t id;
   };
   std::vector<Candidate> candidates_;  // kept between calls: no allocation once warm
+  std::vector<float> penalised_;       // the logits after the repetition penalty
 };
-
-/// Index of the largest logit; the lowest index on ties; NaN counts as −∞.
-std::int32_t argmax(std::span<const float> logits);
-
-/// log Σ exp(logits), in double, with the maximum subtracted.
-double log_sum_exp(std::span<const float> logits);
 
 }  // namespace moesaic::engine

@@ -9,7 +9,7 @@
 #include <optional>
 
 #include "engine/kv_cache.h"
-#include "engine/sampler.h"
+#include "engine/logits.h"
 #include "kernels/base/aligned_buffer.h"
 #include "kernels/base/error.h"
 
@@ -184,17 +184,6 @@ void check_ids(std::span<const std::int32_t> ids, std::int64_t vocab_size) {
   }
 }
 
-// KL(p ‖ q) = Σ p (ln p − ln q), summed in double.
-double divergence(std::span<const float> p, double lse_p, std::span<const float> q, double lse_q) {
-  double sum = 0;
-  for (std::size_t i = 0; i < p.size(); ++i) {
-    const double log_p = p[i] - lse_p;
-    const double probability = std::exp(log_p);
-    if (probability > 0) sum += probability * (log_p - (q[i] - lse_q));
-  }
-  return sum;
-}
-
 // The n largest logits of a row, largest first, the lower id on ties.
 void top_logits(std::span<const float> logits, double lse, std::size_t n, TokenScores::Top& top) {
   const auto before = [&](std::int32_t a, std::int32_t b) {
@@ -280,7 +269,7 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
         positions[static_cast<std::size_t>(r)] = {
             .nll_dense = lse_p - p.row(r)[target],
             .nll_hybrid = lse_q - q.row(r)[target],
-            .kl = divergence(row(p, r), lse_p, row(q, r), lse_q),
+            .kl = engine::kl_divergence(row(p, r), lse_p, row(q, r), lse_q),
             .same_top = engine::argmax(row(p, r)) == engine::argmax(row(q, r))};
       });
       for (std::int64_t r = 0; r < n; ++r) {

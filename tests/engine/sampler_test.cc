@@ -256,30 +256,5 @@ TEST(SamplingOptions, OutOfRangeNamesTheOption) {
   EXPECT_NO_THROW(validate(SamplingOptions{}));
 }
 
-TEST(Argmax, TiesAndNan) {
-  EXPECT_EQ(argmax(std::vector<float>{kNan, 2.0F, 2.0F}), 1);
-  EXPECT_EQ(argmax(std::vector<float>{kNan, -kInf, -kInf}), 1);
-  EXPECT_EQ(argmax(std::vector<float>{-kInf, -1.0F, kNan}), 1);
-}
-
-TEST(LogSumExp, LargeAndSmallLogits) {
-  EXPECT_NEAR(log_sum_exp(std::vector<float>{1000.0F, 1000.0F}), 1000 + std::log(2.0), 1e-12);
-  EXPECT_NEAR(log_sum_exp(std::vector<float>{-1000.0F, -1000.0F, -kInf}), -1000 + std::log(2.0),
-              1e-12);
-  EXPECT_EQ(log_sum_exp(std::vector<float>{-kInf, -kInf}), -kInf);
-  EXPECT_EQ(log_sum_exp(std::vector<float>{0.0F, kInf}), kInf);
-  EXPECT_TRUE(std::isnan(log_sum_exp(std::vector<float>{0.0F, kNan})));
-}
-
-TEST(LogSumExp, EqualsThePlainSum) {
-  std::vector<float> logits(1003);
-  double sum = 0;
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    logits[i] = std::sin(static_cast<float>(i)) * 8;
-    sum += std::exp(static_cast<double>(logits[i]));
-  }
-  EXPECT_NEAR(log_sum_exp(logits), std::log(sum), 1e-12);
-}
-
 }  // namespace
 }  // namespace moesaic::engine
