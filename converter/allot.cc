@@ -43,21 +43,11 @@ LayerPlan plan_for_fraction(const PlanShape& s, double fraction) {
   return plan;
 }
 
-double LossCurve::at(double fraction) const {
-  const auto loss = [&](std::size_t i) {
-    return i < losses.size() ? std::max(0.0, losses[i]) : 0.0;
-  };
-  const auto place = [&](std::size_t i) { return i < fractions.size() ? fractions[i] : 1.0; };
-  if (fraction >= 1) return 0;
-  std::size_t i = 1;  // the segment that ends at point i holds the fraction
-  while (i < fractions.size() && fraction > fractions[i]) ++i;
-  const double slope = (loss(i) - loss(i - 1)) / (place(i) - place(i - 1));
-  return std::max(0.0, loss(i - 1) + slope * (fraction - place(i - 1)));
-}
+double loss_curve(double fraction) { return std::pow(std::max(0.0, 1 - fraction), 1.5); }
 
-std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const LossCurve> curves,
+std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const double> sensitivity,
                              double active, double least) {
-  const std::size_t n = curves.size();
+  const std::size_t n = sensitivity.size();
   const std::vector<double> options = choices(std::min(least, active));
   require<InputError>(n > 0 && active > 0 && active <= 1,
                       "--active: {} given, expected a fraction in (0, 1]", active);
@@ -74,7 +64,8 @@ std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const LossCurve> 
     for (std::size_t l = 0; l < n; ++l) {
       double best = 0;
       for (std::size_t i = 0; i < options.size(); ++i) {
-        const double value = curves[l].at(options[i]) + lambda * costs[i];
+        const double value =
+            std::max(0.0, sensitivity[l]) * loss_curve(options[i]) + lambda * costs[i];
         if (i == 0 || value < best) {
           best = value;
           picked[l] = i;
@@ -108,10 +99,10 @@ std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const LossCurve> 
       if (picked[l] + 1 >= options.size()) continue;
       const double extra = costs[picked[l] + 1] - costs[picked[l]];
       if (extra <= 0 || used + extra > total) continue;
-      // Layers without a measured gain come last, but still get what nobody else can use.
-      const double gain =
-          std::max(1e-12, curves[l].at(options[picked[l]]) - curves[l].at(options[picked[l] + 1])) /
-          extra;
+      // Layers that were measured to cost nothing come last, but get what nobody else can use.
+      const double gain = std::max(1e-12, sensitivity[l]) *
+                          (loss_curve(options[picked[l]]) - loss_curve(options[picked[l] + 1])) /
+                          extra;
       if (gain > best) {
         best = gain;
         best_layer = l;

@@ -33,11 +33,12 @@ struct LayerReport {
   std::string kind;  // "dense" or "glu+low_rank"
   std::int64_t n_shared = 0, n_experts = 0, n_active = 0, router_rank = 0, bypass_rank = 0;
   double active_fraction = 1;
-  double sensitivity =
-      0;  // rise of the mean nll on calibration text with this layer alone converted
-  double error_closed_form =
-      0;  // ω-weighted output error over ω-weighted output variance, held-out tokens
-  double error_distilled = 0;       // the same after distillation
+  // Mean KL divergence from the dense model's next tokens, nats, with this layer alone converted.
+  double sensitivity = 0;
+  // ω-weighted output error over ω-weighted output variance, packed, on held-out tokens.
+  double error_closed_form = 0;
+  // The same of what was kept: the distilled layer where it came out better, else the closed form.
+  double error_distilled = 0;
   std::vector<float> expert_usage;  // [n_experts] share of calibration tokens that select each
 };
 

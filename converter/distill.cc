@@ -241,13 +241,19 @@ void student_gradients(Context& ctx, const Student& s, ConstMatrix x, ConstMatri
   kernels::gemm(ctx, true, false, 1, z, x, 0, {out.router_v.data(), r, d});
 }
 
+std::int64_t distill_steps(const DistillOptions& options, std::int64_t n_fit) {
+  if (n_fit == 0) return 0;
+  const std::int64_t batch = std::min(options.batch, n_fit);
+  return static_cast<std::int64_t>(options.passes * static_cast<double>(n_fit) /
+                                   static_cast<double>(batch));
+}
+
 void distill(Context& ctx, Student& student, const LayerSample& sample,
              const DistillOptions& options, engine::Monitor& monitor) {
   const std::int64_t d = student.neurons.d_model;
   const std::int64_t batch = std::min(options.batch, sample.n_fit);
-  const auto steps = static_cast<std::int64_t>(options.passes * static_cast<double>(sample.n_fit) /
-                                               static_cast<double>(batch));
-  if (steps <= 0) return;
+  const std::int64_t steps = distill_steps(options, sample.n_fit);
+  if (steps == 0) return;
   const ConstMatrix y_fit = sample.y.slice(0, sample.n_fit);
   const double y_scale = weighted_variance(y_fit, sample.weight);
 

@@ -18,6 +18,9 @@ struct DistillOptions {
   std::uint64_t seed = 0;       // order of the tokens
 };
 
+/// Steps that distill() takes for n_fit fitted rows.
+std::int64_t distill_steps(const DistillOptions& options, std::int64_t n_fit);
+
 /// Trains all of a student's parameters but μ on
 ///   L = Σ_t ω_t ‖y_t − ŷ_t‖² / Σ_t ω_t ‖y_t − ȳ‖² + auxiliary · Σ_t ω_t ‖c_t − R(x_t)‖² / Σ_t ω_t
 ///   ‖c_t − c̄‖²,

@@ -87,9 +87,10 @@ std::vector<float> token_weights(ConstMatrix r_after, ConstMatrix y, bool post_n
   return weight;
 }
 
-std::vector<std::vector<double>> measure_sensitivity(
-    models::Transformer& model, std::span<const std::int32_t> tokens, std::int64_t n_ctx,
-    std::span<const LayerPlan> plans, const Recipe& recipe, engine::Monitor& monitor) {
+std::vector<double> measure_sensitivity(models::Transformer& model,
+                                        std::span<const std::int32_t> tokens, std::int64_t n_ctx,
+                                        const LayerPlan& plan, const Recipe& recipe,
+                                        engine::Monitor& monitor) {
   Context& ctx = model.context();
   const models::Checkpoint& checkpoint = model.checkpoint();
   const int n_layers = model.config().n_layers;
@@ -115,7 +116,7 @@ std::vector<std::vector<double>> measure_sensitivity(
   const Matrix my(y.data(), fit.n_tokens(), d);
   const Matrix mxj(x_judge.data(), judge.n_tokens(), d);
   const Matrix myj(y_judge.data(), judge.n_tokens(), d);
-  std::vector<std::vector<double>> out;
+  std::vector<double> out;
   for (int l = 0; l < n_layers; ++l) {
     monitor.check();
     const models::Mlp& mlp = checkpoint.layers[static_cast<std::size_t>(l)].mlp;
@@ -130,21 +131,18 @@ std::vector<std::vector<double>> measure_sensitivity(
     const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp), fmt::format("blk.{}", l));
     judge.attention(l);
     judge.mlp_input(l, mxj);
-    std::vector<double>& row = out.emplace_back();
-    for (const LayerPlan& plan : plans) {
-      Student student = start_from_neurons(ctx, teacher, sample, plan, recipe.router_ridge);
-      fit_outputs(ctx, student, sample, recipe.router_ridge, recipe.output_ridge);
-      std::copy_n(judge.r().data, x_judge.size(), other.r().data);
-      student_forward(ctx, student, mxj, myj);
-      other.add_mlp_output(l, myj);
-      for (int m = l + 1; m < n_layers; ++m) {
-        other.attention(m);
-        other.mlp(m, checkpoint.layers[static_cast<std::size_t>(m)].mlp);
-      }
-      row.push_back(mean_kl(model, end.r(), other.r()));
+    Student student = start_from_neurons(ctx, teacher, sample, plan, recipe.router_ridge);
+    fit_outputs(ctx, student, sample, recipe.router_ridge, recipe.output_ridge);
+    std::copy_n(judge.r().data, x_judge.size(), other.r().data);
+    student_forward(ctx, student, mxj, myj);
+    other.add_mlp_output(l, myj);
+    for (int m = l + 1; m < n_layers; ++m) {
+      other.attention(m);
+      other.mlp(m, checkpoint.layers[static_cast<std::size_t>(m)].mlp);
     }
+    out.push_back(mean_kl(model, end.r(), other.r()));
     judge.mlp(l, mlp);
-    monitor.advance(l + 1, fmt::format("KL {:.4f}", row.front()));
+    monitor.advance(l + 1, fmt::format("KL {:.4f}", out.back()));
   }
   return out;
 }
