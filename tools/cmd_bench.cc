@@ -169,13 +169,13 @@ void add_bench(CLI::App& app, Action& action) {
   cmd->add_option("-p,--n-prompt", options->prompt, "Prompt lengths, comma-separated; 0: none")
       ->check(integer_between(0, std::int64_t{1} << 20))
       ->delimiter(',')
-      ->expected(1)
+      ->allow_extra_args(false)
       ->type_name("N[,N]")
       ->capture_default_str();
   cmd->add_option("-n,--n-gen", options->generate, "Tokens to generate, comma-separated; 0: none")
       ->check(integer_between(0, std::int64_t{1} << 20))
       ->delimiter(',')
-      ->expected(1)
+      ->allow_extra_args(false)
       ->type_name("N[,N]")
       ->capture_default_str();
   cmd->add_option("-r,--repetitions", options->repetitions, "Measurements of each")

@@ -4,6 +4,7 @@
 
 #include "engine/throughput.h"
 #include "models/evaluate.h"
+#include "models/gguf_writer.h"
 #include "tools/commands.h"
 #include "tools/options.h"
 #include "tools/output.h"
@@ -23,6 +24,7 @@ struct CompareOptions {
   models::ChunkOptions chunks;
   int repetitions = 5;
   std::string format;
+  std::string json_file;
   RunOptions run;
 };
 
@@ -145,6 +147,7 @@ void compare(const CompareOptions& options) {
   Side sides[2];
   sides[0].path = options.dense;
   sides[1].path = options.hybrid;
+  if (!options.json_file.empty()) models::check_writable(options.json_file, 1 << 16);
   // Opened once for the errors that opening tells; closed again, and no thread started, before the
   // children that measure resident memory are forked.
   for (const Side& side : sides) models::Checkpoint::load(side.path);
@@ -170,6 +173,9 @@ void compare(const CompareOptions& options) {
     sides[i].active_fraction = model.checkpoint->active_fraction();
     sides[i].file_bytes = model.checkpoint->file->file_bytes();
   }
+  if (!options.json_file.empty()) {
+    models::write_file_atomically(options.json_file, to_text(as_json(sides, divergence, options)));
+  }
   print(options.format == "json" ? to_text(as_json(sides, divergence, options))
                                  : as_table(sides, divergence, options));
 }
@@ -189,6 +195,7 @@ void add_compare(CLI::App& app, Action& action) {
       ->check(integer_between(1, 1000))
       ->capture_default_str();
   add_output_option(*cmd, options->format, {"md", "json"});
+  cmd->add_option("--json-file", options->json_file, "Also write the JSON to this file");
   add_run_options(*cmd, options->run);
   cmd->footer(
       R"(Bytes per token are counted by the kernels while decoding. Resident memory is that of a process

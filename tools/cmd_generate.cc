@@ -215,8 +215,6 @@ void add_sampling_options(CLI::App& cmd, PromptOptions& options) {
       ->check(integer_between(0, std::numeric_limits<std::int64_t>::max()))
       ->capture_default_str();
   cmd.add_option("--stop", options.stop, "Text that ends a continuation; may be repeated")
-      ->expected(1)
-      ->take_all()
       ->allow_extra_args(false);
 }
 
@@ -228,8 +226,7 @@ void add_generate(CLI::App& app, Action& action) {
       app.add_subcommand("generate", "Continue a prompt, or every line of a JSONL file");
   cmd->add_option("MODEL", options->model, "Checkpoint (.gguf), dense or hybrid")->required();
   auto* source = cmd->add_option_group("prompt");
-  source->add_option("-p,--prompt", options->prompt, "Prompt; its text is plain text")
-      ->allow_extra_args(false);
+  source->add_option("-p,--prompt", options->prompt, "Prompt; its text is plain text");
   CLI::Option* batch = source->add_option("--batch", options->batch,
                                           "JSONL file, one object with prompt or messages a line");
   source->require_option(1);

@@ -53,8 +53,13 @@ int run(int argc, char** argv) {
     return 0;
   } catch (const CLI::ParseError& e) {
     const auto chosen = app.get_subcommands();
-    return report(fmt::format("{} (see moesaic{}{} --help)", e.what(), chosen.empty() ? "" : " ",
-                              chosen.empty() ? "" : chosen.front()->get_name()),
+    if (chosen.empty()) {
+      const bool named = argc > 1 && argv[1][0] != '-';
+      return report(named ? fmt::format("unknown subcommand '{}' (see moesaic --help)", argv[1])
+                          : fmt::format("{} (see moesaic --help)", e.what()),
+                    kBadUsage);
+    }
+    return report(fmt::format("{} (see moesaic {} --help)", e.what(), chosen.front()->get_name()),
                   kBadUsage);
   }
   action();
