@@ -5,7 +5,6 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/secret_moe_gather.cc"
 #include "hwy/foreach_target.h"  // compiles this file once per instruction set
 // The namespace macros of highway.h belong to the target that foreach_target.h has just set.
-#include "hwy/cache_control.h"
 #include "hwy/highway.h"
 //
 #include <algorithm>
@@ -21,31 +20,21 @@ namespace moesaic::kernels {
 namespace HWY_NAMESPACE {
 namespace {
 
-HWY_INLINE void prefetch(const std::uint8_t* p, std::int64_t bytes) {
-  for (std::int64_t i = 0; i < bytes; i += 64) hwy::Prefetch(p + i);
-}
-
 void neurons(Context& ctx, const Neurons& list, Activation phi, const float* x, float* y) {
   const auto* base = reinterpret_cast<const std::uint8_t*>(list.rows.data);
   const std::int64_t row = list.rows.row_bytes();
   const auto cols = static_cast<std::size_t>(list.rows.cols);
   const bool round = ctx.activations == Activations::BF16;
-  const auto id = [&](std::int64_t j) {
-    return list.ids != nullptr ? list.ids[j] : list.first + j;
-  };
   const float* const xs[1] = {x};
   visit_format(list.rows.dtype, [&](auto format) HWY_ATTR {
-    // Two thirds of a batch's time go into the dot products of its gate and up rows and one third
-    // into adding its down rows; the same rows of the next batch are fetched meanwhile.
     for (std::int64_t first = 0; first < list.count; first += kNeuronBatch) {
       const std::int64_t n = std::min(kNeuronBatch, list.count - first);
-      const std::int64_t next_n = std::min(kNeuronBatch, list.count - first - n);
       float gate[kNeuronBatch];
       float up[kNeuronBatch];
       float h[kNeuronBatch];
       for (std::int64_t j = 0; j < n; ++j) {
-        if (j < next_n) prefetch(base + 3 * id(first + n + j) * row, 2 * row);
-        const std::uint8_t* at = base + 3 * id(first + j) * row;
+        prefetch_neuron(list, first + j + kPrefetchNeurons);
+        const std::uint8_t* at = base + 3 * list.id(first + j) * row;
         float product[1];
         dot(format, at, cols, xs, product);
         gate[j] = product[0];
@@ -54,7 +43,7 @@ void neurons(Context& ctx, const Neurons& list, Activation phi, const float* x, 
       }
       gated_activation(ctx, phi, ConstMatrix(gate, 1, n), ConstMatrix(up, 1, n), Matrix(h, 1, n));
       if (list.mean != nullptr) {
-        for (std::int64_t j = 0; j < n; ++j) h[j] -= list.mean[id(first + j)];
+        for (std::int64_t j = 0; j < n; ++j) h[j] -= list.mean[list.id(first + j)];
       }
       if (round) round_bf16(h, static_cast<std::size_t>(n), h);
       std::int64_t j = 0;
@@ -62,14 +51,13 @@ void neurons(Context& ctx, const Neurons& list, Activation phi, const float* x, 
         const std::uint8_t* down[4];
         float scale[4];
         for (std::int64_t i = 0; i < 4; ++i) {
-          if (j + i < next_n) prefetch(base + (3 * id(first + n + j + i) + 2) * row, row);
-          down[i] = base + (3 * id(first + j + i) + 2) * row;
+          down[i] = base + (3 * list.id(first + j + i) + 2) * row;
           scale[i] = h[j + i];
         }
         add_scaled(format, down, cols, scale, y);
       }
       for (; j < n; ++j) {
-        const std::uint8_t* const down[1] = {base + (3 * id(first + j) + 2) * row};
+        const std::uint8_t* const down[1] = {base + (3 * list.id(first + j) + 2) * row};
         const float scale[1] = {h[j]};
         add_scaled(format, down, cols, scale, y);
       }
@@ -86,6 +74,10 @@ HWY_AFTER_NAMESPACE();
 namespace moesaic::kernels {
 
 HWY_EXPORT(neurons);
+
+void add_neurons_soon(const Neurons& list) {
+  for (std::int64_t j = 0; j < kPrefetchNeurons; ++j) prefetch_neuron(list, j);
+}
 
 void add_neurons(Context& ctx, const Neurons& list, Activation phi, const float* x, float* y) {
   if (list.count == 0) return;
@@ -127,8 +119,13 @@ void secret_moe_gather(Context& ctx, const SecretMoeView& layer, ConstMatrix x, 
         keys.subspan(static_cast<std::size_t>(thread) * size(n_experts), size(n_experts));
     const auto own_ids = ids.subspan(static_cast<std::size_t>(thread) * size(k), size(k));
     float* own_sum = sums.data() + static_cast<std::size_t>(thread) * size(d_model);
+    // Shared neurons and selected experts are one row of work, cut evenly.
+    const Range part = split(n_shared + k, n_threads, thread);
+    const std::int64_t border = std::clamp(n_shared, part.begin, part.end);
+    const Neurons shared{.rows = layer.shared, .first = part.begin, .count = border - part.begin};
     for (std::int64_t t = 0; t < x.rows; ++t) {
       const ConstMatrix x_t = x.slice(t, 1);
+      add_neurons_soon(shared);
       project(layer.router_v, split(layer.router_rank(), n_threads, thread), x_t, z);
       project(layer.bypass_q, split(layer.bypass_rank(), n_threads, thread), x_t, bypass_z);
       ctx.pool.barrier();
@@ -160,16 +157,13 @@ void secret_moe_gather(Context& ctx, const SecretMoeView& layer, ConstMatrix x, 
       }
 
       std::fill_n(own_sum, d_model, 0.0f);
-      const Range part = split(n_shared + k, n_threads, thread);
-      const std::int64_t border = std::clamp(n_shared, part.begin, part.end);
-      add_neurons(ctx, {.rows = layer.shared, .first = part.begin, .count = border - part.begin},
-                  layer.phi, x_t.data, own_sum);
-      add_neurons(ctx,
-                  {.rows = layer.experts,
-                   .ids = own_ids.data() + std::max<std::int64_t>(border - n_shared, 0),
-                   .count = part.end - border,
-                   .mean = layer.expert_mean.data()},
-                  layer.phi, x_t.data, own_sum);
+      const Neurons routed{.rows = layer.experts,
+                           .ids = own_ids.data() + std::max<std::int64_t>(border - n_shared, 0),
+                           .count = part.end - border,
+                           .mean = layer.expert_mean.data()};
+      add_neurons_soon(routed);
+      add_neurons(ctx, shared, layer.phi, x_t.data, own_sum);
+      add_neurons(ctx, routed, layer.phi, x_t.data, own_sum);
       ctx.pool.barrier();
 
       for (std::size_t i = 0; i < threads; ++i) {
