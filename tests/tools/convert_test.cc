@@ -52,7 +52,9 @@ TEST_F(Convert, RefusesToOverwriteItsInput) {
 }
 
 TEST_F(Convert, OutputThatCannotBeWritten) {
-  expect_one_line_error(run_program(line("/nowhere/hybrid.gguf")), 1, "/nowhere");
+  std::vector<std::string> quiet = line("/nowhere/hybrid.gguf");
+  quiet.emplace_back("-q");
+  expect_one_line_error(run_program(quiet), 1, "/nowhere");
 }
 
 TEST_F(Convert, InterruptedThenResumedGivesTheSameFile) {

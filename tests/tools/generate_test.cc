@@ -51,8 +51,9 @@ TEST_F(Generate, StreamsWhatJsonReports) {
 
 TEST_F(Generate, SameSeedSameText) {
   const auto text = [&](const char* seed) {
-    return run_program(
-               {"generate", path_, "-p", "north", "--seed", seed, "-n", "24", "-q", "--ignore-eos"})
+    return run_program({"generate", path_, "-p", "north", "--seed", seed, "-n", "24", "-q",
+                        "--ignore-eos", "--temp", "50", "--top-k", "0", "--top-p", "1", "--min-p",
+                        "0"})
         .out;
   };
   EXPECT_EQ(text("7"), text("7"));
