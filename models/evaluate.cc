@@ -21,61 +21,72 @@ using Clock = std::chrono::steady_clock;
 constexpr std::int64_t kPass = 512;                              // tokens per forward pass
 constexpr std::int64_t kLogitsElements = std::int64_t{1} << 25;  // 128 MiB per model
 
-// Runs one sequence at a time through a model and computes logits for blocks of its positions, so
-// that memory stays bounded whatever the vocabulary.
+// Runs one sequence at a time through a model and computes logits for blocks of the positions
+// first_scored … first_scored + n_scored − 1, so that memory stays bounded whatever the vocabulary.
 class SequenceRunner {
  public:
-  SequenceRunner(Transformer& model, std::int64_t n_ctx, std::int64_t n_scored)
+  SequenceRunner(Transformer& model, std::int64_t n_ctx, std::int64_t first_scored,
+                 std::int64_t n_scored)
       : model_(model),
         cache_(model.shape().n_layers, 1, n_ctx, model.shape().n_kv_heads, model.shape().head_dim),
+        first_scored_(first_scored),
+        n_scored_(n_scored),
         block_rows_(std::clamp<std::int64_t>(kLogitsElements / model.shape().vocab_size, 1,
                                              std::max<std::int64_t>(n_scored, 1))),
         slots_(static_cast<std::size_t>(n_ctx), 0),
         positions_(static_cast<std::size_t>(n_ctx)),
-        residual_(static_cast<std::size_t>(n_ctx * model.config().d_model)),
+        pass_(static_cast<std::size_t>(std::min(kPass, n_ctx) * model.config().d_model)),
+        residual_(static_cast<std::size_t>(n_scored * model.config().d_model)),
         logits_(static_cast<std::size_t>(block_rows_ * model.shape().vocab_size)) {
     std::iota(positions_.begin(), positions_.end(), 0);
   }
 
-  Transformer& model() { return model_; }
   std::int64_t block_rows() const { return block_rows_; }
   double seconds() const { return seconds_; }  // spent in the model so far
 
   void run(std::span<const std::int32_t> ids, const engine::Monitor& monitor) {
-    for (std::size_t begin = 0; begin < ids.size(); begin += kPass) {
+    const std::int64_t d_model = model_.config().d_model;
+    const auto n_ids = static_cast<std::int64_t>(ids.size());
+    for (std::int64_t begin = 0; begin < n_ids; begin += kPass) {
       monitor.check();
       const Clock::time_point start = Clock::now();
-      const std::size_t n = std::min<std::size_t>(kPass, ids.size() - begin);
-      model_.run_layers({ids.subspan(begin, n),
-                         std::span(slots_).subspan(begin, n),
-                         std::span(positions_).subspan(begin, n),
-                         {}},
-                        cache_,
-                        residual(static_cast<std::int64_t>(begin), static_cast<std::int64_t>(n)));
+      const std::int64_t n = std::min(kPass, n_ids - begin);
+      const auto part = [&](const auto& all) {
+        return std::span<const std::int32_t>(all).subspan(static_cast<std::size_t>(begin),
+                                                          static_cast<std::size_t>(n));
+      };
+      // Rows are counted like positions, from 0 at the pass's first token.
+      const std::int64_t low = std::clamp<std::int64_t>(first_scored_ - begin, 0, n);
+      const std::int64_t high = std::clamp<std::int64_t>(first_scored_ + n_scored_ - begin, low, n);
+      const auto outputs =
+          std::span<const std::int32_t>(positions_)
+              .subspan(static_cast<std::size_t>(low), static_cast<std::size_t>(high - low));
+      model_.run_layers({part(ids), part(slots_), part(positions_), outputs}, cache_,
+                        Matrix(pass_.data(), n, d_model));
+      std::copy_n(
+          pass_.data(), (high - low) * d_model,
+          residual_.data() + std::max<std::int64_t>(begin + low - first_scored_, 0) * d_model);
       seconds_ += std::chrono::duration<double>(Clock::now() - start).count();
     }
   }
 
-  // Logits [n, vocab_size] after positions first … first + n − 1; n <= block_rows().
+  // Logits [n, vocab_size] after scored positions number first … first + n − 1; n <= block_rows().
   ConstMatrix logits(std::int64_t first, std::int64_t n) {
     const Clock::time_point start = Clock::now();
+    const std::int64_t d_model = model_.config().d_model;
     const Matrix logits(logits_.data(), n, model_.shape().vocab_size);
-    model_.head(residual(first, n), logits);
+    model_.head(ConstMatrix(residual_.data() + first * d_model, n, d_model), logits);
     seconds_ += std::chrono::duration<double>(Clock::now() - start).count();
     return logits;
   }
 
  private:
-  Matrix residual(std::int64_t first, std::int64_t n) {
-    const std::int64_t d_model = model_.config().d_model;
-    return {residual_.data() + first * d_model, n, d_model};
-  }
-
   Transformer& model_;
   engine::KvCache cache_;
-  std::int64_t block_rows_;
+  std::int64_t first_scored_, n_scored_, block_rows_;
   std::vector<std::int32_t> slots_, positions_;
-  AlignedBuffer<float> residual_;  // [n_ctx, d_model]
+  AlignedBuffer<float> pass_;      // [min(kPass, n_ctx), d_model]
+  AlignedBuffer<float> residual_;  // [n_scored, d_model]
   AlignedBuffer<float> logits_;    // [block_rows, vocab_size]
   double seconds_ = 0;
 };
@@ -209,7 +220,7 @@ Perplexity evaluate_perplexity(Transformer& model, const Tokenizer& tokenizer,
                                engine::Monitor& monitor) {
   Chunks chunks(tokens, tokenizer, options, model.config().context_length);
   check_ids(tokens, model.config().vocab_size);
-  SequenceRunner runner(model, options.n_ctx, chunks.n_scored());
+  SequenceRunner runner(model, options.n_ctx, chunks.first_scored(), chunks.n_scored());
   std::vector<double> nll(static_cast<std::size_t>(runner.block_rows()));
   Mean mean;
   monitor.stage("perplexity", chunks.size());
@@ -220,7 +231,7 @@ Perplexity evaluate_perplexity(Transformer& model, const Tokenizer& tokenizer,
       monitor.check();
       const std::int64_t n = std::min(runner.block_rows(), chunks.n_scored() - done);
       const std::int64_t first = chunks.first_scored() + done;
-      const ConstMatrix logits = runner.logits(first, n);
+      const ConstMatrix logits = runner.logits(done, n);
       for_rows(model.context().pool, n, [&](std::int64_t r) {
         nll[static_cast<std::size_t>(r)] =
             engine::log_sum_exp(row(logits, r)) - logits.row(r)[chunks.target(c, first + r)];
@@ -242,8 +253,8 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
   Chunks chunks(tokens, tokenizer, options,
                 std::min(dense.config().context_length, hybrid.config().context_length));
   check_ids(tokens, dense.config().vocab_size);
-  SequenceRunner dense_runner(dense, options.n_ctx, chunks.n_scored());
-  SequenceRunner hybrid_runner(hybrid, options.n_ctx, chunks.n_scored());
+  SequenceRunner dense_runner(dense, options.n_ctx, chunks.first_scored(), chunks.n_scored());
+  SequenceRunner hybrid_runner(hybrid, options.n_ctx, chunks.first_scored(), chunks.n_scored());
   struct Position {
     double nll_dense, nll_hybrid, kl;
     bool same_top;
@@ -260,8 +271,8 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
       monitor.check();
       const std::int64_t n = std::min(dense_runner.block_rows(), chunks.n_scored() - done);
       const std::int64_t first = chunks.first_scored() + done;
-      const ConstMatrix p = dense_runner.logits(first, n);
-      const ConstMatrix q = hybrid_runner.logits(first, n);
+      const ConstMatrix p = dense_runner.logits(done, n);
+      const ConstMatrix q = hybrid_runner.logits(done, n);
       for_rows(dense.context().pool, n, [&](std::int64_t r) {
         const std::int32_t target = chunks.target(c, first + r);
         const double lse_p = engine::log_sum_exp(row(p, r));
@@ -304,7 +315,7 @@ TokenScores score_tokens(Transformer& model, std::span<const std::int32_t> ids, 
   TokenScores scores;
   scores.nll.resize(static_cast<std::size_t>(n_ids - 1));
   if (top_n > 0) scores.top.resize(static_cast<std::size_t>(n_ids));
-  SequenceRunner runner(model, n_ids, n_rows);
+  SequenceRunner runner(model, n_ids, 0, n_rows);
   monitor.stage("score", n_ids);
   runner.run(ids, monitor);
   for (std::int64_t first = 0; first < n_rows; first += runner.block_rows()) {

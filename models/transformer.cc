@@ -18,6 +18,14 @@ Matrix take(Workspace& workspace, std::int64_t rows, std::int64_t cols) {
   return {workspace.take<float>(static_cast<std::size_t>(rows * cols)).data(), rows, cols};
 }
 
+// Moves the given rows, ascending, to the front of x.
+void keep_rows(std::span<const std::int32_t> rows, Matrix x) {
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const auto to = static_cast<std::int64_t>(i);
+    if (rows[i] != to) std::copy_n(x.row(rows[i]), x.cols, x.row(to));
+  }
+}
+
 // Each head of each row as a row of its own; `x` contiguous.
 Matrix heads(Matrix x, int head_dim) { return {x.data, x.rows * (x.cols / head_dim), head_dim}; }
 
@@ -48,6 +56,13 @@ void Transformer::check_batch(const engine::Batch& batch, const engine::KvCache&
                         "batch: row {} stands at position {}, the cache holds {}", t,
                         batch.positions[t], cache.capacity());
   }
+  std::int64_t previous = -1;
+  for (const std::int32_t row : batch.outputs) {
+    require<ShapeError>(row > previous && row < static_cast<std::int64_t>(n),
+                        "batch: output row {} after {}, expected ascending rows of {}", row,
+                        previous, n);
+    previous = row;
+  }
 }
 
 void Transformer::forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) {
@@ -59,25 +74,8 @@ void Transformer::forward(const engine::Batch& batch, engine::KvCache& cache, Ma
   const Workspace::Scope scope(ctx_.workspace);
   const Matrix r =
       take(ctx_.workspace, static_cast<std::int64_t>(batch.tokens.size()), config().d_model);
-  std::int32_t previous = -1;
-  for (const std::int32_t row : batch.outputs) {
-    require<ShapeError>(row > previous && row < r.rows,
-                        "batch: output row {} after {}, expected ascending rows of {}", row,
-                        previous, r.rows);
-    previous = row;
-  }
   run_layers(batch, cache, r);
-  if (n_outputs == 0) return;
-  if (n_outputs == r.rows) {
-    head(r, logits);
-    return;
-  }
-  // Ascending rows: moved to the front in place.
-  for (std::int64_t i = 0; i < n_outputs; ++i) {
-    const std::int64_t row = batch.outputs[static_cast<std::size_t>(i)];
-    if (row != i) std::copy_n(r.row(row), r.cols, r.row(i));
-  }
-  head(r.slice(0, n_outputs), logits);
+  if (n_outputs > 0) head(r.slice(0, n_outputs), logits);
 }
 
 void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache, Matrix r) {
@@ -85,10 +83,33 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
   if (batch.tokens.empty()) return;
   embed(batch.tokens, r);
   const kernels::TokenPlaces places{batch.slots, batch.positions};
-  for (int layer = 0; layer < config().n_layers; ++layer) {
+  const std::size_t n_outputs = batch.outputs.size();
+  const bool all_rows = observer_ || n_outputs == batch.tokens.size();
+  const int last = config().n_layers - 1;
+  for (int layer = 0; layer < last || (all_rows && layer == last); ++layer) {
     attention_block(layer, places, cache, r);
     mlp_block(layer, r);
   }
+  if (all_rows) {
+    keep_rows(batch.outputs, r);
+    return;
+  }
+
+  const Workspace::Scope scope(ctx_.workspace);
+  const Matrix n = take(ctx_.workspace, r.rows, r.cols);
+  store_keys(last, places, cache, r, n);
+  if (n_outputs == 0) return;
+  keep_rows(batch.outputs, n);
+  keep_rows(batch.outputs, r);
+  const std::span<std::int32_t> slots = ctx_.workspace.take<std::int32_t>(n_outputs);
+  const std::span<std::int32_t> positions = ctx_.workspace.take<std::int32_t>(n_outputs);
+  for (std::size_t i = 0; i < n_outputs; ++i) {
+    slots[i] = batch.slots[static_cast<std::size_t>(batch.outputs[i])];
+    positions[i] = batch.positions[static_cast<std::size_t>(batch.outputs[i])];
+  }
+  const Matrix wanted = r.slice(0, static_cast<std::int64_t>(n_outputs));
+  attend(last, {slots, positions}, cache, n.slice(0, wanted.rows), wanted);
+  mlp_block(last, wanted);
 }
 
 void Transformer::embed(std::span<const std::int32_t> tokens, Matrix r) {
@@ -97,32 +118,47 @@ void Transformer::embed(std::span<const std::int32_t> tokens, Matrix r) {
 
 void Transformer::attention_block(int layer, const kernels::TokenPlaces& places,
                                   engine::KvCache& cache, Matrix r) {
+  const Workspace::Scope scope(ctx_.workspace);
+  const Matrix n = take(ctx_.workspace, r.rows, r.cols);
+  store_keys(layer, places, cache, r, n);
+  attend(layer, places, cache, n, r);
+}
+
+void Transformer::store_keys(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache,
+                             ConstMatrix r, Matrix n) {
   const ModelConfig& c = config();
   const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
-  const ModelConfig::Layer& kind = c.layers[static_cast<std::size_t>(layer)];
-  const std::vector<float>& freq = rope_freq_[static_cast<std::size_t>(layer)];
-  const kernels::KvLayerView kv = cache.layer(layer);
-
   const Workspace::Scope scope(ctx_.workspace);
-  const Matrix n = take(ctx_.workspace, r.rows, c.d_model);
-  const Matrix q = take(ctx_.workspace, r.rows, w.w_q.rows);
   const Matrix k = take(ctx_.workspace, r.rows, w.w_k.rows);
   const Matrix v = take(ctx_.workspace, r.rows, w.w_v.rows);
   kernels::rms_norm(ctx_, r, w.attn_norm, c.norm_eps, n);
-  kernels::linear(ctx_, w.w_q, n, q, Traffic::Attention);
   kernels::linear(ctx_, w.w_k, n, k, Traffic::Attention);
   kernels::linear(ctx_, w.w_v, n, v, Traffic::Attention);
-  if (!w.q_norm.empty()) {
-    const Matrix q_heads = heads(q, c.head_dim);
+  if (!w.k_norm.empty()) {
     const Matrix k_heads = heads(k, c.head_dim);
-    kernels::rms_norm(ctx_, q_heads, w.q_norm, c.norm_eps, q_heads);
     kernels::rms_norm(ctx_, k_heads, w.k_norm, c.norm_eps, k_heads);
   }
-  kernels::rope(ctx_, q, c.head_dim, places.positions, freq, c.rope_style);
-  kernels::rope(ctx_, k, c.head_dim, places.positions, freq, c.rope_style);
-  kernels::store_kv(ctx_, k, v, places, kv);
+  kernels::rope(ctx_, k, c.head_dim, places.positions, rope_freq_[static_cast<std::size_t>(layer)],
+                c.rope_style);
+  kernels::store_kv(ctx_, k, v, places, cache.layer(layer));
+}
+
+void Transformer::attend(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache,
+                         Matrix n, Matrix r) {
+  const ModelConfig& c = config();
+  const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
+  const Workspace::Scope scope(ctx_.workspace);
+  const Matrix q = take(ctx_.workspace, r.rows, w.w_q.rows);
   const Matrix mixed = take(ctx_.workspace, r.rows, w.w_q.rows);
-  kernels::attention(ctx_, q, places, kv, c.n_heads, c.attention_scale, kind.window, mixed);
+  kernels::linear(ctx_, w.w_q, n, q, Traffic::Attention);
+  if (!w.q_norm.empty()) {
+    const Matrix q_heads = heads(q, c.head_dim);
+    kernels::rms_norm(ctx_, q_heads, w.q_norm, c.norm_eps, q_heads);
+  }
+  kernels::rope(ctx_, q, c.head_dim, places.positions, rope_freq_[static_cast<std::size_t>(layer)],
+                c.rope_style);
+  kernels::attention(ctx_, q, places, cache.layer(layer), c.n_heads, c.attention_scale,
+                     c.layers[static_cast<std::size_t>(layer)].window, mixed);
   if (w.post_attn_norm.empty()) {
     kernels::linear(ctx_, w.w_o, mixed, r, Traffic::Attention, true);
   } else {

@@ -63,8 +63,10 @@ class Transformer : public engine::Decoder {
   engine::DecoderShape shape() const override { return config().shape(); }
   void forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) override;
 
-  /// forward() without the head: r [n_tokens, d_model] receives the residual stream after the last
-  /// layer. `batch.outputs` is not looked at. Throws as forward().
+  /// forward() without the head: the first batch.outputs.size() rows of r [n_tokens, d_model]
+  /// receive the residual stream of the rows in batch.outputs after the last layer; the others are
+  /// scratch. Rows that nobody wants only leave their keys and values in the last layer (all rows
+  /// run to the end while an observer is set). Throws as forward().
   void run_layers(const engine::Batch& batch, engine::KvCache& cache, Matrix r);
 
   // The steps of forward(), r [n_tokens, d_model] being the residual stream.
@@ -83,6 +85,12 @@ class Transformer : public engine::Decoder {
 
  private:
   void check_batch(const engine::Batch& batch, const engine::KvCache& cache) const;
+  // The two halves of attention_block(): n = attn_norm(r), from which keys and values go to the
+  // cache; and what queries from n read there, added to r. n is scratch after.
+  void store_keys(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache,
+                  ConstMatrix r, Matrix n);
+  void attend(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache, Matrix n,
+              Matrix r);
   void mlp_block(int layer, Matrix r);
 
   std::shared_ptr<const Checkpoint> checkpoint_;
