@@ -10,8 +10,8 @@ namespace moesaic::kernels {
 /// than it saves, in elements of an element-wise pass at a few elements per nanosecond.
 inline constexpr std::int64_t kMinParallelElements = 1 << 14;
 
-/// Calls fn(Range, thread) on consecutive parts of n rows, one per thread, or once on the calling thread if
-/// all rows together hold fewer than kMinParallelElements elements.
+/// Calls fn(Range, thread) on consecutive parts of n rows, one per thread, or once on the calling
+/// thread if all rows together hold fewer than kMinParallelElements elements.
 template <class Fn>
 void for_rows(Context& ctx, std::int64_t n_rows, std::int64_t row_elements, Fn&& fn) {
   if (n_rows <= 1 || n_rows * row_elements < kMinParallelElements) {
