@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cmath>
 #include <cstddef>
 #include <fstream>
 #include <limits>
+#include <random>
 #include <span>
 #include <string>
 #include <string_view>
@@ -15,7 +17,7 @@
 
 #include "converter/digest.h"
 #include "engine/kv_cache.h"
-#include "engine/sampler.h"
+#include "engine/logits.h"
 #include "kernels/base/aligned_buffer.h"
 #include "kernels/base/error.h"
 
@@ -120,11 +122,18 @@ struct DrawRules {
 };
 
 /// Control tokens (roles, padding, tool marks) are not running text: none is drawn but those that
-/// end a text.
+/// end a text. A text starts with BOS where the model wants it, else with what stood between texts
+/// in training: "<|endoftext|>" where a chat model's EOS is the end of a turn, else EOS.
 DrawRules draw_rules(const models::Tokenizer& tokenizer, std::int64_t vocab_size,
                      const std::string& file) {
   const bool wants_bos = tokenizer.add_bos && tokenizer.bos.has_value();
-  const std::optional<std::int32_t> start = wants_bos ? tokenizer.bos : tokenizer.eos;
+  std::vector<std::int32_t> ends = tokenizer.stop_ids;
+  if (tokenizer.eos) ends.push_back(*tokenizer.eos);
+  std::erase_if(ends, [&](std::int32_t id) { return id < 0 || id >= vocab_size; });
+  std::optional<std::int32_t> start = wants_bos ? tokenizer.bos : tokenizer.eos;
+  for (const std::int32_t id : ends) {
+    if (!wants_bos && tokenizer.piece(id, true) == "<|endoftext|>") start = id;
+  }
   require<InputError>(start && *start >= 0 && *start < vocab_size,
                       "{}: has no BOS or EOS token to start a text from, expected one; calibrate "
                       "on a text instead (--data FILE)",
@@ -136,21 +145,52 @@ DrawRules draw_rules(const models::Tokenizer& tokenizer, std::int64_t vocab_size
     rules.masked[i] = static_cast<std::int64_t>(i) >= tokenizer.vocab_size() ||
                       tokenizer.piece(static_cast<std::int32_t>(i)).empty();
   }
-  std::vector<std::int32_t> ends = tokenizer.stop_ids;
-  if (tokenizer.eos) ends.push_back(*tokenizer.eos);
   for (const std::int32_t id : ends) {
-    if (id < 0 || id >= vocab_size) continue;
     rules.masked[static_cast<std::size_t>(id)] = false;
     rules.ends_text[static_cast<std::size_t>(id)] = true;
   }
   return rules;
 }
 
-/// How many sequences are sampled at a time: 32 make each weight that is read serve 32 tokens, as
-/// long as their cache stays within 1 GiB.
-std::int64_t parallel_windows(const engine::DecoderShape& shape, std::int64_t capacity) {
-  constexpr std::int64_t kMost = 32;
-  constexpr std::int64_t kCacheBytes = std::int64_t{1} << 30;
+/// Draws from softmax(logits) with u in [0, 1). engine::Sampler would do the same in three passes
+/// of double exponentials over the vocabulary, 0.8 ms a token for 49,152 ids: as long as the
+/// model's own share. Here each block of ids is summed by the engine's vector loop, and only the
+/// block that u falls into is walked through.
+std::int32_t draw(std::span<const float> logits, double u) {
+  constexpr std::size_t kBlock = 1024;
+  const double whole = engine::log_sum_exp(logits);
+  require<Error>(std::isfinite(whole), "sampled text: the model's logits are not finite");
+  double before = 0;
+  std::size_t last =
+      logits.size();  // last block with any weight, for a u that rounding leaves over
+  for (std::size_t at = 0; at < logits.size(); at += kBlock) {
+    const auto block = logits.subspan(at, std::min(kBlock, logits.size() - at));
+    const double weight = std::exp(engine::log_sum_exp(block) - whole);
+    if (weight > 0) last = at;
+    if (u < before + weight) break;
+    before += weight;
+  }
+  std::size_t id = last;
+  const std::size_t end = std::min(last + kBlock, logits.size());
+  for (std::size_t i = last; i < end; ++i) {
+    const double p = std::exp(static_cast<double>(logits[i]) - whole);
+    if (p > 0) id = i;
+    before += p;
+    if (u < before) break;
+  }
+  return static_cast<std::int32_t>(id);
+}
+
+/// A window is filled by texts of this length, each drawn on its own: attention over longer ones
+/// costs more than all the rest, and where text starts afresh the window looks like packed training
+/// data.
+constexpr std::int64_t kTextLength = 256;
+
+/// How many texts are drawn at a time, so that each weight that is read and unpacked serves many
+/// tokens, as long as their cache stays within 1.5 GiB.
+std::int64_t parallel_texts(const engine::DecoderShape& shape, std::int64_t capacity) {
+  constexpr std::int64_t kMost = 128;
+  constexpr std::int64_t kCacheBytes = std::int64_t{3} << 29;
   const std::int64_t bytes =
       2 * shape.n_layers * capacity * shape.n_kv_heads * shape.head_dim * std::int64_t{4};
   return std::clamp<std::int64_t>(kCacheBytes / bytes, 1, kMost);
@@ -206,64 +246,69 @@ Calibration sample_calibration(models::Transformer& model, const models::Tokeniz
       draw_rules(tokenizer, shape.vocab_size, model.checkpoint().file->path().string());
   const bool with_bos = tokenizer.add_bos && tokenizer.bos.has_value();
   const std::int64_t n_windows = std::max<std::int64_t>(2, n_tokens / n_ctx);
-  const std::int64_t n_draws = n_ctx - (with_bos ? 1 : 0);
-  const std::int64_t most = parallel_windows(shape, n_draws);
-  const std::int64_t n_groups = (n_windows + most - 1) / most;
-  const std::int64_t largest = (n_windows + n_groups - 1) / n_groups;
-
-  engine::SamplingOptions sampling;
-  sampling.temperature = 1;
-  sampling.top_k = 0;
-  sampling.top_p = 1;
-  sampling.min_p = 0;
 
   Calibration calibration;
   calibration.n_ctx = n_ctx;
-  calibration.tokens.resize(static_cast<std::size_t>(n_windows * n_ctx));
-  engine::KvCache cache(shape.n_layers, largest, n_draws, shape.n_kv_heads, shape.head_dim);
+  calibration.tokens.assign(static_cast<std::size_t>(n_windows * n_ctx), rules.start);
+
+  // Places in `tokens` that each text fills by drawing. Its start token is kept within a window and
+  // where a window begins with BOS; elsewhere windows begin with plain text, as they do when a file
+  // is cut and when a model without BOS is evaluated.
+  std::vector<Range> texts;
+  for (std::int64_t begin = 0; begin < n_windows * n_ctx; begin += n_ctx) {
+    for (std::int64_t at = 0; at < n_ctx; at += kTextLength) {
+      const bool keeps_start = at > 0 || with_bos;
+      texts.push_back(
+          {begin + at + (keeps_start ? 1 : 0), begin + std::min(at + kTextLength, n_ctx)});
+    }
+  }
+  const auto n_texts = static_cast<std::int64_t>(texts.size());
+  const std::int64_t capacity = std::min(kTextLength, n_ctx);
+  const std::int64_t most = parallel_texts(shape, capacity);
+  const std::int64_t n_groups = (n_texts + most - 1) / most;
+  const std::int64_t largest = (n_texts + n_groups - 1) / n_groups;
+
+  engine::KvCache cache(shape.n_layers, largest, capacity, shape.n_kv_heads, shape.head_dim);
   AlignedBuffer<float> logits_memory(static_cast<std::size_t>(largest * shape.vocab_size));
   ThreadPool& pool = model.context().pool;
-  monitor.stage("sample calibration text", n_windows * n_ctx);
+  monitor.stage("sample calibration text", n_texts * capacity);
   for (std::int64_t group = 0; group < n_groups; ++group) {
-    const std::int64_t first = group * n_windows / n_groups;
-    const std::int64_t n = (group + 1) * n_windows / n_groups - first;
+    const std::int64_t first = group * n_texts / n_groups;
+    const std::int64_t n = (group + 1) * n_texts / n_groups - first;
     const auto size = static_cast<std::size_t>(n);
-    std::vector<engine::Sampler> samplers;
+    std::vector<std::mt19937_64> random;
     std::vector<std::int32_t> slots;
     for (std::int64_t i = 0; i < n; ++i) {
-      // Each window has its own stream of random numbers: neither the grouping nor the threads
-      // decide which number a token gets.
-      sampling.seed = seed * 0x9E3779B97F4A7C15U + static_cast<std::uint64_t>(first + i);
-      samplers.emplace_back(sampling);
+      // Each text has its own stream of random numbers: neither the grouping nor the threads decide
+      // which number a token gets.
+      random.emplace_back(seed * 0x9E3779B97F4A7C15U + static_cast<std::uint64_t>(first + i));
       slots.push_back(static_cast<std::int32_t>(i));
     }
-    const auto window = [&](std::int64_t i) {
-      return calibration.tokens.data() + (first + i) * n_ctx;
-    };
     std::vector<std::int32_t> current(size, rules.start);
-    if (with_bos) {
-      for (std::int64_t i = 0; i < n; ++i) window(i)[0] = rules.start;
-    }
     const Matrix logits(logits_memory.data(), n, shape.vocab_size);
-    for (std::int64_t draw = 0; draw < n_draws; ++draw) {
+    for (std::int64_t step = 0; step < capacity; ++step) {
       monitor.check();
-      const std::vector<std::int32_t> positions(size, static_cast<std::int32_t>(draw));
+      const std::vector<std::int32_t> positions(size, static_cast<std::int32_t>(step));
       model.forward({current, slots, positions, slots}, cache, logits);
       pool.run([&](int thread) {
-        const Range range = split(n, pool.n_threads(), thread);
-        for (std::int64_t i = range.begin; i < range.end; ++i) {
+        const Range rows = split(n, pool.n_threads(), thread);
+        for (std::int64_t i = rows.begin; i < rows.end; ++i) {
+          const auto index = static_cast<std::size_t>(i);
           const std::span<float> row(logits.row(i), static_cast<std::size_t>(shape.vocab_size));
           for (std::size_t id = 0; id < row.size(); ++id) {
             if (rules.masked[id]) row[id] = -std::numeric_limits<float>::infinity();
           }
-          std::int32_t token = samplers[static_cast<std::size_t>(i)].sample(row, {});
-          // The text is over: another begins in the same window, as in packed training data.
+          std::int32_t token = draw(row, static_cast<double>(random[index]() >> 11) * 0x1p-53);
+          // The text is over: another begins right behind it.
           if (rules.ends_text[static_cast<std::size_t>(token)]) token = rules.start;
-          current[static_cast<std::size_t>(i)] = token;
-          window(i)[draw + (with_bos ? 1 : 0)] = token;
+          current[index] = token;
+          const Range& text = texts[static_cast<std::size_t>(first + i)];
+          if (step < text.size()) {
+            calibration.tokens[static_cast<std::size_t>(text.begin + step)] = token;
+          }
         }
       });
-      monitor.advance((first * n_draws + n * (draw + 1)) * n_ctx / n_draws, "");
+      monitor.advance(first * capacity + n * (step + 1), "");
     }
   }
   calibration.digest = digest_of(calibration.tokens);

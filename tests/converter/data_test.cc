@@ -259,9 +259,30 @@ TEST_F(SampleCalibration, ReportsProgressAndStops) {
                Interrupted);
 }
 
+TEST_F(SampleCalibration, LongWindowsHoldSeveralTexts) {
+  for (const bool bos : {true, false}) {
+    const Calibration c = sample(bos, 256 + 40, 3 * 296, 5);
+    ASSERT_EQ(c.n_windows(), 3);
+    for (std::size_t w = 0; w < 3; ++w) EXPECT_EQ(c.tokens[w * 296 + 256], bos ? 1 : 2);
+  }
+}
+
+TEST_F(SampleCalibration, EndOfTextIsPreferredToTheEndOfATurn) {
+  struct ChatTokenizer : TinyTokenizer {
+    ChatTokenizer() : TinyTokenizer(false) { stop_ids = {2, 3}; }
+    std::string piece(std::int32_t id, bool with_special) const override {
+      return id == 3 && with_special ? "<|endoftext|>" : TinyTokenizer::piece(id, with_special);
+    }
+  };
+  const Calibration c = sample_calibration(model, ChatTokenizer(), 64, 64 * 40, 2, silent);
+  EXPECT_EQ(std::count(c.tokens.begin(), c.tokens.end(), 2), 0);  // a turn's end ends a text too
+  EXPECT_GT(std::count(c.tokens.begin(), c.tokens.end(), 3), 0);
+}
+
 TEST_F(SampleCalibration, NoTokenToStartFrom) {
   TinyTokenizer tokenizer(false);
   tokenizer.eos.reset();
+  tokenizer.stop_ids.clear();
   const std::string text =
       thrown<InputError>([&] { (void)sample_calibration(model, tokenizer, 16, 64, 1, silent); });
   EXPECT_NE(text.find("no BOS or EOS token"), text.npos) << text;
