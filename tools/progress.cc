@@ -41,7 +41,8 @@ std::string format_seconds(double seconds) {
   return fmt::format("{} h {:02} min", s / 3600, s % 3600 / 60);
 }
 
-Progress::Progress(bool quiet) : quiet_(quiet), terminal_(isatty(STDERR_FILENO) == 1) {}
+Progress::Progress(bool quiet)
+    : quiet_(quiet), terminal_(isatty(STDERR_FILENO) == 1), last_draw_(Clock::now()) {}
 
 Progress::~Progress() { clear_bar(); }
 
@@ -55,7 +56,7 @@ void Progress::stage(std::string_view name, std::int64_t total) {
   total_ = total;
   done_ = 0;
   note_.clear();
-  stage_start_ = last_draw_ = Clock::now();
+  stage_start_ = Clock::now();
   stage_open_ = true;
   if (terminal_) draw({});
 }
