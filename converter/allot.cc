@@ -43,7 +43,7 @@ LayerPlan plan_for_fraction(const PlanShape& s, double fraction) {
   return plan;
 }
 
-double loss_curve(double fraction) { return std::pow(std::max(0.0, 1 - fraction), 1.5); }
+double loss_curve(double fraction) { return std::pow(std::max(0.0, 1 - fraction), 2); }
 
 std::vector<LayerPlan> allot(const PlanShape& shape, std::span<const double> sensitivity,
                              double active, double least) {
