@@ -145,9 +145,8 @@ TEST_P(ReferenceOf, GreedyContinuations) {
 
 TEST_P(ReferenceOf, Perplexity20ChunksF32) { check_perplexity(Activations::F32, 20); }
 
-// 40 chunks and bfloat16: `--gtest_also_run_disabled_tests`, too long for every run.
-TEST_P(ReferenceOf, DISABLED_Perplexity40ChunksF32) { check_perplexity(Activations::F32, 40); }
-TEST_P(ReferenceOf, DISABLED_Perplexity20ChunksBf16) { check_perplexity(Activations::BF16, 20); }
+TEST_P(ReferenceOf, Perplexity40ChunksF32) { check_perplexity(Activations::F32, 40); }
+TEST_P(ReferenceOf, Perplexity20ChunksBf16) { check_perplexity(Activations::BF16, 20); }
 
 INSTANTIATE_TEST_SUITE_P(Checkpoints, ReferenceOf,
                          testing::Values(Model{"smollm2-135m", "SmolLM2-135M-Instruct.Q4_1.gguf"},
