@@ -121,9 +121,9 @@ TEST_P(Attention, ContinuesASequence) {
 TEST_P(Attention, WindowsTouchNoKeyOutside) {
   Lender lender(2);
   for (const Heads& heads : {kSmolLm, kGemma, Heads{4, 1, 20}}) {
-    for (const std::int64_t window : {1, 2, 31, 128, 200, 512}) {
-      for (const std::int64_t n : {1, 70, 150}) {
-        for (const std::int64_t before : {0, 250}) {
+    for (const std::int64_t window : {1, 31, 130, 512}) {
+      for (const std::int64_t n : {1, 80}) {
+        for (const std::int64_t before : {0, 150}) {
           Case c(heads, 2, before + n + 3, window);
           c.add(1, before, n);
           c.check(lender);
