@@ -149,7 +149,7 @@ std::string_view last_character(std::string_view text) {
 
 /// Where a text can be cut in front of a space without changing its tokens: merging and matching
 /// never join two characters that stand side by side in no token. Words between such places are
-/// encoded once each, which takes Gemma from 2.5 s to 0.9 s for 1.3 MB.
+/// encoded once each, which takes Gemma from 2.9 s to 0.3 s of processor time for 1.3 MB.
 class WordCutter {
  public:
   explicit WordCutter(const Vocabulary& vocabulary) {
