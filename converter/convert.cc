@@ -176,11 +176,11 @@ class Conversion {
     // What the hybrid must still gain to stand where the dense model stands, before this layer's
     // MLP adds to both. A norm behind the MLP hides magnitudes, so there the layer answers for its
     // own output alone.
-    drift_ = post_norm ? 0.0 : recipe.correction;
+    const double drift = post_norm ? 0.0 : recipe.correction;
     hybrid_.mlp_input(layer, x());
     forward_rows(ctx_, mlp, x(), y());
-    if (drift_ > 0) {
-      const auto share = static_cast<float>(drift_);
+    if (drift > 0) {
+      const auto share = static_cast<float>(drift);
       const float* dense = dense_.r().data;
       const float* hybrid = hybrid_.r().data;
       ctx_.pool.run([&](int thread) {
@@ -285,7 +285,6 @@ class Conversion {
   std::int64_t n_;
   std::int64_t d_;
   std::int64_t n_fit_;
-  double drift_ = 0;
   AlignedBuffer<float> x_;  // [n, d_model] the hybrid's MLP inputs
   AlignedBuffer<float> y_;  // [n, d_model] outputs wanted, then the layer's own
 };

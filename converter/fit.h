@@ -35,8 +35,7 @@ Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSamp
 void fit_outputs(Context& ctx, Student& student, const LayerSample& sample, double bypass_ridge,
                  double ridge);
 
-/// The teacher's own output on x is not needed: student output for rows of x, float32 weights, by
-/// masked dense products.   x, y [m, d_model].
+/// Output of the student on rows of x: float32 weights, masked dense products.   x, y [m, d_model].
 void student_forward(Context& ctx, const Student& student, ConstMatrix x, Matrix y);
 
 /// Σ ω‖y − ŷ‖² / Σ ω‖y − ȳ‖² over a sample, ȳ its weighted mean; ŷ [n_tokens, d_model].

@@ -6,7 +6,7 @@
 
 #include "converter/fit.h"
 #include "converter/stream.h"
-#include "engine/sampler.h"
+#include "engine/logits.h"
 
 namespace moesaic::converter {
 namespace {
@@ -14,18 +14,6 @@ namespace {
 constexpr std::int64_t kStride =
     4;  // every fourth position is judged: neighbours say much the same
 constexpr std::int64_t kBlock = 64;  // rows of logits at a time: 67 MB for a vocabulary of 262,144
-
-// KL(softmax(p) ‖ softmax(q)) in nats.
-double kl_divergence(std::span<const float> p, std::span<const float> q) {
-  const double zp = engine::log_sum_exp(p);
-  const double zq = engine::log_sum_exp(q);
-  double kl = 0;
-  for (std::size_t i = 0; i < p.size(); ++i) {
-    const double lp = static_cast<double>(p[i]) - zp;
-    if (lp > -30) kl += std::exp(lp) * (lp - (static_cast<double>(q[i]) - zq));
-  }
-  return kl;
-}
 
 // Mean KL divergence between the distributions that two final residual streams lead to.
 double mean_kl(models::Transformer& model, ConstMatrix dense, ConstMatrix other) {
@@ -57,7 +45,10 @@ double mean_kl(models::Transformer& model, ConstMatrix dense, ConstMatrix other)
       const Range range = split(rows, n_threads, thread);
       for (std::int64_t i = range.begin; i < range.end; ++i) {
         const auto size = static_cast<std::size_t>(vocab);
-        kl[static_cast<std::size_t>(first + i)] = kl_divergence({p.row(i), size}, {q.row(i), size});
+        const std::span<const float> from(p.row(i), size);
+        const std::span<const float> to(q.row(i), size);
+        kl[static_cast<std::size_t>(first + i)] =
+            engine::kl_divergence(from, engine::log_sum_exp(from), to, engine::log_sum_exp(to));
       }
     });
   }
