@@ -133,6 +133,41 @@ void plan_from_json(const std::string& text, std::vector<LayerPlan>& plans,
   }
 }
 
+// What a whole conversion costs, for its ETA: seconds in proportion, from the work per token of each
+// part (measured on SmolLM2-135M, two Zen 4 cores).
+class Schedule {
+ public:
+  Schedule(engine::Monitor& monitor, double total) : monitor_(monitor), total_(total) {}
+
+  // The stage that begins next costs this much.
+  void next(double cost) {
+    monitor_.job(done_ / total_, (done_ + cost) / total_);
+    done_ += cost;
+  }
+
+ private:
+  engine::Monitor& monitor_;
+  double total_;
+  double done_ = 0;
+};
+
+// Costs per token and layer.
+struct LayerCosts {
+  double calibrate = 1;    // attention, the dense MLP
+  double closed_form = 2;  // router, outputs, judging
+  double distill = 0;      // all passes
+  double refit = 1.5;      // rounding and outputs again
+  double finish = 0.7;     // the hybrid's stream moves on
+
+  explicit LayerCosts(const Recipe& recipe) : distill(3 * recipe.distill.passes) {
+    if (recipe.distill.passes == 0) refit = 0;
+  }
+  double all() const { return calibrate + closed_form + distill + refit + finish; }
+  double pass() const { return calibrate + finish; }  // converted before, or dense
+};
+constexpr double kSensitivityCost = 8;  // per token of its sample and layer
+constexpr double kSampleCost = 40;      // per token that the model draws
+
 // The two residual streams of a conversion: of the dense model, and of the hybrid as far as it
 // exists.
 class Conversion {
@@ -162,50 +197,48 @@ class Conversion {
     }
   }
 
-  // Fits, distills and packs the layer; the streams stand before its MLP afterwards (finish() moves
-  // them on).
+  // Fits, distills and packs the layer; the hybrid's stream stands before its MLP afterwards
+  // (finish() moves it on), the dense one behind it.
   models::PackedSecretMoe fit(int layer, const LayerPlan& plan, LayerReport& report,
-                              engine::Monitor& monitor) {
+                              Schedule& schedule, engine::Monitor& monitor) {
     const Recipe& recipe = job_.recipe;
-    const models::Mlp& mlp = dense_mlp(layer);
-    const bool post_norm = model_.config().post_norms;
+    const LayerCosts costs(recipe);
+    const auto n_tokens = static_cast<double>(n_);
+    const auto& mlp = std::get<models::DenseMlp>(dense_mlp(layer));
+    const DType experts = expert_dtype(job_.options, mlp);
+    const DType router = router_dtype(job_.options, job_.shape);
     const std::string name = fmt::format("layer {}", layer);
-    monitor.stage(name + ": calibrate", 1);
+    const auto stage = [&](const char* what, std::int64_t units, double cost) {
+      monitor.check();
+      schedule.next(n_tokens * cost);
+      monitor.stage(fmt::format("{}: {}", name, what), units);
+    };
+
+    stage("calibrate", 1, costs.calibrate);
     dense_.attention(layer);
     hybrid_.attention(layer);
+    hybrid_.mlp_input(layer, x());
+    forward_rows(ctx_, mlp, x(), y());
+    const std::vector<float> weight = token_weights(model_, layer, hybrid_.r(), y());
     // What the hybrid must still gain to stand where the dense model stands, before this layer's
     // MLP adds to both. A norm behind the MLP hides magnitudes, so there the layer answers for its
     // own output alone.
-    const double drift = post_norm ? 0.0 : recipe.correction;
-    hybrid_.mlp_input(layer, x());
-    forward_rows(ctx_, mlp, x(), y());
-    if (drift > 0) {
-      const auto share = static_cast<float>(drift);
-      const float* dense = dense_.r().data;
-      const float* hybrid = hybrid_.r().data;
-      ctx_.pool.run([&](int thread) {
-        const Range range = split(n_ * d_, ctx_.pool.n_threads(), thread, 16);
-        for (std::int64_t i = range.begin; i < range.end; ++i) {
-          y_[static_cast<std::size_t>(i)] += share * (dense[i] - hybrid[i]);
-        }
-      });
+    if (recipe.correction > 0 && !model_.config().post_norms) {
+      add_drift(static_cast<float>(recipe.correction));
     }
     dense_.mlp(layer, mlp);
-    const std::vector<float> weight = token_weights(dense_.r(), y(), post_norm);
     const LayerSample sample{x(), y(), weight, n_fit_};
     const LayerSample held_out = sample.held_out();
-    monitor.check();
 
-    monitor.stage(name + ": closed form", 1);
-    const Neurons teacher = unpack(
-        std::get<models::DenseMlp>(mlp),
-        fmt::format("{}: blk.{}", model_.checkpoint().file->path().filename().string(), layer));
+    stage("closed form", 1, costs.closed_form);
+    const Neurons teacher =
+        unpack(mlp, fmt::format("{}: blk.{}",
+                                model_.checkpoint().file->path().filename().string(), layer));
     Student student = start_from_neurons(ctx_, teacher, sample, plan, recipe.router_ridge);
     // From here on the selection is the runtime's: it will have the router in its file format.
-    const DType experts = expert_dtype(job_.options, std::get<models::DenseMlp>(mlp));
-    const DType router = router_dtype(job_.options, job_.shape);
-    round_inputs_to(student, experts, router);
-    fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge);
+    const DMatrix metric = input_factor(ctx_, sample);
+    round_inputs_to(ctx_, student, metric, experts, router);
+    fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge, experts);
     AlignedBuffer<float> y_hat(static_cast<std::size_t>(held_out.x.rows * d_));
     const Matrix mh(y_hat.data(), held_out.x.rows, d_);
     const auto held_out_error = [&](const models::PackedSecretMoe& packed) {
@@ -214,26 +247,20 @@ class Conversion {
     };
     models::PackedSecretMoe packed = pack(student, experts, router);
     report.error_closed_form = report.error_distilled = held_out_error(packed);
-    monitor.check();
 
-    const DistillOptions options{
-        .passes = recipe.distill.passes,
-        .batch = recipe.distill.batch,
-        .learning_rate = recipe.distill.learning_rate,
-        .router_rate = recipe.distill.router_rate,
-        .auxiliary = recipe.distill.auxiliary,
-        .seed = job_.options.seed * 1000003 + static_cast<std::uint64_t>(layer)};
+    DistillOptions options = recipe.distill;
+    options.seed = job_.options.seed * 1000003 + static_cast<std::uint64_t>(layer);
     const std::int64_t steps = distill_steps(options, n_fit_);
     if (steps == 0) return packed;
-    monitor.stage(name + ": distill", steps);
+    stage("distill", steps, costs.distill);
     distill(ctx_, student, sample, options, monitor);
-    // Pack what the features depend on, then fit once more what comes after them: rounding is so
-    // made up for.
-    monitor.stage(name + ": fit the outputs again", 1);
-    round_inputs_to(student, experts, router);
-    fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge);
+    // Round what the features depend on, then fit once more what comes after them: the rounding is
+    // so made up for.
+    stage("fit the outputs again", 1, costs.refit);
+    round_inputs_to(ctx_, student, metric, experts, router);
+    fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge, experts);
     models::PackedSecretMoe distilled = pack(student, experts, router);
-    // Trained rows leave the grid of the checkpoint's own format, which costs about what a short
+    // Trained rows leave the grid of the checkpoint's own format, which can cost what a short
     // training gains: the held-out tokens decide.
     const double error = held_out_error(distilled);
     if (error < report.error_closed_form) {
@@ -244,8 +271,7 @@ class Conversion {
     return packed;
   }
 
-  // After fit(): moves the hybrid's stream over the converted layer, counting how often each expert
-  // runs.
+  // After fit(): moves the hybrid's stream over the converted layer, counting how often each expert runs.
   void finish(int layer, const kernels::SecretMoeView& view, std::vector<float>& usage) {
     run_converted(layer, view, &usage);
   }
@@ -255,6 +281,18 @@ class Conversion {
   Matrix y() { return {y_.data(), n_, d_}; }
   const models::Mlp& dense_mlp(int layer) const {
     return model_.checkpoint().layers[static_cast<std::size_t>(layer)].mlp;
+  }
+
+  // y += share · (dense r − hybrid r)
+  void add_drift(float share) {
+    const float* dense = dense_.r().data;
+    const float* hybrid = hybrid_.r().data;
+    ctx_.pool.run([&](int thread) {
+      const Range range = split(n_ * d_, ctx_.pool.n_threads(), thread, 16);
+      for (std::int64_t i = range.begin; i < range.end; ++i) {
+        y_[static_cast<std::size_t>(i)] += share * (dense[i] - hybrid[i]);
+      }
+    });
   }
 
   // hybrid r += post_norm?(layer(x)), x being the hybrid's MLP input.
@@ -367,10 +405,31 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
 
   models::Transformer model(checkpoint, ctx);
   const int n_layers = checkpoint->config.n_layers;
+  std::optional<std::vector<std::int32_t>> kept_tokens;
+  if (options.data == "self") kept_tokens = state.load_calibration();
+  const bool sample = options.data == "self" && !kept_tokens;
+  const std::optional<std::string> kept_plan = state.load_plan();
+  std::vector<SavedLayer> saved;
+  while (static_cast<int>(saved.size()) < n_layers) {
+    auto kept = state.load_layer(static_cast<int>(saved.size()), checkpoint->config);
+    if (!kept) break;
+    saved.push_back(std::move(*kept));
+  }
+
+  const auto n_kept = static_cast<double>(saved.size());
+  const auto n_tokens = static_cast<double>(job.n_tokens);
+  const LayerCosts costs(recipe);
+  const auto sensitivity_tokens = static_cast<double>(recipe.sensitivity_tokens);
+  const double sample_cost = sample ? kSampleCost * n_tokens : 0;
+  const double sensitivity_cost = kept_plan ? 0 : kSensitivityCost * n_layers * sensitivity_tokens;
+  Schedule schedule(monitor, sample_cost + sensitivity_cost + n_kept * n_tokens * costs.pass() +
+                                 (n_layers - n_kept) * n_tokens * costs.all());
+
   if (options.data == "self") {
-    if (auto kept = state.load_calibration()) {
-      calibration.tokens = std::move(*kept);
+    if (kept_tokens) {
+      calibration.tokens = std::move(*kept_tokens);
     } else {
+      schedule.next(sample_cost);
       calibration = sample_calibration(model, *tokenizer, calibration.n_ctx, job.n_tokens,
                                        options.seed, monitor);
       state.save_calibration(calibration.tokens);
@@ -382,11 +441,12 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
 
   std::vector<LayerPlan> plans;
   std::vector<double> sensitivity;
-  if (const auto kept = state.load_plan()) {
-    plan_from_json(*kept, plans, sensitivity);
+  if (kept_plan) {
+    plan_from_json(*kept_plan, plans, sensitivity);
   } else {
     const std::int64_t windows = std::clamp<std::int64_t>(
         recipe.sensitivity_tokens / calibration.n_ctx, 2, calibration.n_windows());
+    schedule.next(sensitivity_cost);
     monitor.stage("measure the layers' sensitivity", n_layers);
     sensitivity = measure_sensitivity(
         model,
@@ -405,15 +465,10 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
       fmt::format("plan: mean active fraction {:.3f}, {} of {} layers converted, {} stay dense",
                   report.active_fraction, n_layers - n_dense, n_layers, n_dense));
 
-  std::vector<SavedLayer> saved;
-  while (static_cast<int>(saved.size()) < n_layers) {
-    auto kept = state.load_layer(static_cast<int>(saved.size()), checkpoint->config);
-    if (!kept) break;
-    saved.push_back(std::move(*kept));
-  }
   if (static_cast<int>(saved.size()) < n_layers) {
     Conversion conversion(job, model, calibration);
     if (!saved.empty()) {
+      schedule.next(n_kept * n_tokens * costs.pass());
       monitor.stage("pass the layers kept from an earlier run",
                     static_cast<std::int64_t>(saved.size()));
     }
@@ -430,6 +485,8 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
       row.active_fraction = active_fraction(plan, job.shape.d_model, job.shape.d_ff);
       row.sensitivity = sensitivity[static_cast<std::size_t>(layer)];
       if (plan.dense) {
+        schedule.next(n_tokens * costs.all());
+        monitor.stage(fmt::format("layer {}: stays dense", layer), 1);
         row.kind = models::kKindDense;
         saved.push_back(state.save_dense_layer(row));
         conversion.pass(layer, saved.back());
@@ -441,7 +498,9 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
       row.n_active = plan.n_active;
       row.router_rank = plan.router_rank;
       row.bypass_rank = plan.bypass_rank;
-      const models::PackedSecretMoe packed = conversion.fit(layer, plan, row, monitor);
+      const models::PackedSecretMoe packed = conversion.fit(layer, plan, row, schedule, monitor);
+      schedule.next(n_tokens * costs.finish);
+      monitor.stage(fmt::format("layer {}: move on", layer), 1);
       conversion.finish(layer, packed.view(), row.expert_usage);
       saved.push_back(state.save_layer(row, packed, checkpoint->config));
       monitor.line(fmt::format(

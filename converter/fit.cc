@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "converter/linalg.h"
+#include "converter/rounding.h"
 #include "kernels/base/error.h"
 #include "kernels/linear.h"
 
@@ -243,8 +244,27 @@ Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSamp
   return out;
 }
 
+DMatrix input_factor(Context& ctx, const LayerSample& s) {
+  const std::int64_t d = s.x.cols;
+  AlignedBuffer<float> xx(static_cast<std::size_t>(d * d));
+  for_tiles(ctx, std::min(kRouterRows, s.n_fit), [&](std::int64_t first, std::int64_t rows) {
+    Matrix xw = take(ctx, rows, d);
+    parallel_rows(ctx, rows, [&](std::int64_t t) {
+      const float root = std::sqrt(s.weight[static_cast<std::size_t>(first + t)]);
+      for (std::int64_t i = 0; i < d; ++i) xw.row(t)[i] = root * s.x.row(first + t)[i];
+    });
+    kernels::gemm(ctx, true, false, 1, xw, xw, 1, {xx.data(), d, d});
+  });
+  DMatrix moments = to_double({xx.data(), d, d});
+  double trace = 0;
+  for (std::int64_t i = 0; i < d; ++i) trace += moments.at(i, i);
+  for (std::int64_t i = 0; i < d; ++i)
+    moments.at(i, i) += 0.01 * trace / static_cast<double>(d) + 1e-30;
+  return cholesky(std::move(moments));
+}
+
 void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double bypass_ridge,
-                 double ridge) {
+                 double ridge, DType down_dtype) {
   const std::int64_t d = student.neurons.d_model;
   const std::int64_t n = student.neurons.n;
   const std::int64_t a = n + 1;  // features eliminated first: φ and the constant
@@ -330,6 +350,7 @@ void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double by
   }
   for (std::int64_t j = 0; j < d; ++j)
     student.bias[static_cast<std::size_t>(j)] = static_cast<float>(rest.at(n, j));
+  round_outputs(ctx, {student.neurons.w_down.data(), n, d}, l, down_dtype);
 }
 
 void student_forward(Context& ctx, const Student& s, ConstMatrix x, Matrix y) {

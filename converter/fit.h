@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <span>
 
+#include "converter/linalg.h"
 #include "converter/student.h"
 #include "kernels/base/context.h"
 
@@ -31,9 +32,14 @@ Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSamp
 ///   φ_t = shared activations and mask ⊙ (activations − μ),
 /// in closed form: the joint normal equations over (φ, 1, x); φ and 1 are eliminated, x's part is
 /// cut to rank q in the metric that is left (reduced-rank regression), then φ's part is solved for.
-/// The unselected neurons' part of y is so taken over by bias, bypass and the neurons that run.
+/// The unselected neurons' part of y is so taken over by bias, bypass and the neurons that run. The
+/// down rows end on the grid of `down_dtype`, rounded jointly (rounding.h); F32: as they come out.
 void fit_outputs(Context& ctx, Student& student, const LayerSample& sample, double bypass_ridge,
-                 double ridge);
+                 double ridge, DType down_dtype);
+
+/// Lower Cholesky factor of Σ ω x xᵀ over the fitted rows, with a hundredth of the mean diagonal
+/// added: the metric that gate and up rows are rounded in.   [d_model, d_model]
+DMatrix input_factor(Context& ctx, const LayerSample& sample);
 
 /// Output of the student on rows of x: float32 weights, masked dense products.   x, y [m, d_model].
 void student_forward(Context& ctx, const Student& student, ConstMatrix x, Matrix y);

@@ -26,7 +26,6 @@ constexpr std::array<Recipe, 1> kRecipes = {{
      .bypass_rank = 64,
      .router_ridge = 1e-3,
      .output_ridge = 0.1,
-     .correction = 0,
      .least_fraction = 0.36,
      .distill = {.passes = 0.5,
                  .batch = 1024,

@@ -58,20 +58,36 @@ double mean_kl(models::Transformer& model, ConstMatrix dense, ConstMatrix other)
 
 }  // namespace
 
-std::vector<float> token_weights(ConstMatrix r_after, ConstMatrix y, bool post_norm) {
-  std::vector<float> weight(static_cast<std::size_t>(r_after.rows));
+std::vector<float> token_weights(models::Transformer& model, int layer, ConstMatrix r,
+                                 ConstMatrix y) {
+  constexpr std::int64_t kTile = 2048;
+  Context& ctx = model.context();
+  const std::int64_t d = r.cols;
+  const auto square = [d](const float* v) {
+    double s = 0;
+    for (std::int64_t i = 0; i < d; ++i) s += static_cast<double>(v[i]) * v[i];
+    return s;
+  };
+  std::vector<float> weight(static_cast<std::size_t>(r.rows));
   double total = 0;
-  for (std::int64_t t = 0; t < r_after.rows; ++t) {
-    const auto square = [](const float* v, std::int64_t n) {
-      double s = 0;
-      for (std::int64_t i = 0; i < n; ++i) s += static_cast<double>(v[i]) * v[i];
-      return s;
+  for (std::int64_t first = 0; first < r.rows; first += kTile) {
+    const Workspace::Scope scope(ctx.workspace);
+    const std::int64_t rows = std::min(kTile, r.rows - first);
+    const auto copy = [&](ConstMatrix from) {
+      const Matrix to(ctx.workspace.take<float>(static_cast<std::size_t>(rows * d)).data(), rows,
+                      d);
+      for (std::int64_t t = 0; t < rows; ++t) std::copy_n(from.row(first + t), d, to.row(t));
+      return to;
     };
-    double scale = square(r_after.row(t), r_after.cols);
-    if (post_norm) scale *= square(y.row(t), y.cols) / static_cast<double>(y.cols);
-    const double w = 1 / std::max(scale, 1e-20);
-    weight[static_cast<std::size_t>(t)] = static_cast<float>(w);
-    total += w;
+    const Matrix after = copy(r);
+    model.add_mlp_output(layer, copy(y), after);
+    for (std::int64_t t = 0; t < rows; ++t) {
+      double scale = square(after.row(t));
+      if (model.config().post_norms) scale *= square(y.row(first + t)) / static_cast<double>(d);
+      const double w = 1 / std::max(scale, 1e-20);
+      weight[static_cast<std::size_t>(first + t)] = static_cast<float>(w);
+      total += w;
+    }
   }
   const auto unit = static_cast<float>(static_cast<double>(weight.size()) / total);
   for (float& w : weight) w *= unit;
@@ -114,16 +130,14 @@ std::vector<double> measure_sensitivity(models::Transformer& model,
     fit.attention(l);
     fit.mlp_input(l, mx);
     forward_rows(ctx, mlp, mx, my);
-    // add_mlp_output may overwrite what it adds, so the target is computed again after it.
-    fit.add_mlp_output(l, my);
-    forward_rows(ctx, mlp, mx, my);
-    const std::vector<float> weight = token_weights(fit.r(), my, model.config().post_norms);
+    const std::vector<float> weight = token_weights(model, l, fit.r(), my);
     LayerSample sample{mx, my, weight, fit.n_tokens()};
     const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp), fmt::format("blk.{}", l));
     judge.attention(l);
     judge.mlp_input(l, mxj);
     Student student = start_from_neurons(ctx, teacher, sample, plan, recipe.router_ridge);
-    fit_outputs(ctx, student, sample, recipe.router_ridge, recipe.output_ridge);
+    fit_outputs(ctx, student, sample, recipe.router_ridge, recipe.output_ridge, DType::F32);
+    fit.add_mlp_output(l, my);  // overwrites what it adds
     std::copy_n(judge.r().data, x_judge.size(), other.r().data);
     student_forward(ctx, student, mxj, myj);
     other.add_mlp_output(l, myj);

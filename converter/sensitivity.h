@@ -22,7 +22,8 @@ std::vector<double> measure_sensitivity(models::Transformer& model,
 
 /// ω of a layer per token (DESIGN.md section 2, step 1): 1 / ‖r after the layer‖²; where a norm
 /// follows the MLP, over mean(y²) too, since that is what the norm divides the error by. Scaled to
-/// mean 1. r_after, y [n_tokens, d_model].
-std::vector<float> token_weights(ConstMatrix r_after, ConstMatrix y, bool post_norm);
+/// mean 1. r the stream before the MLP, y its output [n_tokens, d_model].
+std::vector<float> token_weights(models::Transformer& model, int layer, ConstMatrix r,
+                                 ConstMatrix y);
 
 }  // namespace moesaic::converter

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "converter/rounding.h"
 #include "kernels/base/error.h"
 #include "kernels/linear.h"
 #include "kernels/quant.h"
@@ -118,10 +119,11 @@ models::PackedSecretMoe pack(const Student& s, DType expert_dtype, DType router_
   return out;
 }
 
-void round_inputs_to(Student& s, DType expert_dtype, DType router_dtype) {
+void round_inputs_to(Context& ctx, Student& s, const DMatrix& input_factor, DType expert_dtype,
+                     DType router_dtype) {
   const std::int64_t d = s.neurons.d_model;
-  round_rows({s.neurons.w_gate.data(), s.neurons.n, d}, expert_dtype);
-  round_rows({s.neurons.w_up.data(), s.neurons.n, d}, expert_dtype);
+  round_inputs(ctx, {s.neurons.w_gate.data(), s.neurons.n, d}, input_factor, expert_dtype);
+  round_inputs(ctx, {s.neurons.w_up.data(), s.neurons.n, d}, input_factor, expert_dtype);
   round_rows({s.router_v.data(), s.plan.router_rank, d}, router_dtype);
   round_rows({s.router_u.data(), s.n_experts(), s.plan.router_rank}, router_dtype);
   round_rows({s.bypass_q.data(), s.plan.bypass_rank, d}, router_dtype);

@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "converter/linalg.h"
 #include "kernels/base/aligned_buffer.h"
 #include "kernels/base/context.h"
 #include "models/mlp.h"
@@ -61,9 +62,10 @@ struct Student {
 /// Packs a student into file formats. Rows are rounded to the formats' grids.
 models::PackedSecretMoe pack(const Student& student, DType expert_dtype, DType router_dtype);
 
-/// Replaces by what the file formats will hold: gate and up rows, router and Q (not down, P and
-/// biases, which are fitted after).
-void round_inputs_to(Student& student, DType expert_dtype, DType router_dtype);
+/// Replaces by what the file formats will hold: gate and up rows (jointly, rounding.h, in the metric
+/// of `input_factor`, fit.h), router and Q. Not down, P and biases, which are fitted after.
+void round_inputs_to(Context& ctx, Student& student, const DMatrix& input_factor,
+                     DType expert_dtype, DType router_dtype);
 
 /// h = φ(x W_gateᵀ) ⊙ (x W_upᵀ).   x [m, d_model], h and scratch [m, n]. On return scratch holds x
 /// W_upᵀ.

@@ -19,6 +19,8 @@ class Monitor {
   /// `done` units of the stage are finished; `note` is a short running figure ("ppl 23.51"), may be
   /// empty.
   virtual void advance(std::int64_t /*done*/, std::string_view /*note*/) {}
+  /// The stage that begins next takes the whole job from one share of its expected time to another.
+  virtual void job(double /*from*/, double /*to*/) {}
   /// A line worth keeping (plan, memory estimate, result of a layer).
   virtual void line(std::string_view /*text*/) {}
   /// The user asked to stop.

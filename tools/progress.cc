@@ -78,6 +78,15 @@ void Progress::advance(std::int64_t done, std::string_view note) {
   draw(note);
 }
 
+void Progress::job(double from, double to) {
+  if (job_to_ <= 0) {
+    job_begin_ = from;
+    job_start_ = Clock::now();
+  }
+  job_from_ = from;
+  job_to_ = to;
+}
+
 void Progress::line(std::string_view text) {
   if (quiet_) return;
   clear_bar();
@@ -93,6 +102,15 @@ void Progress::draw(std::string_view note) {
     text += fmt::format(", {} left", format_seconds(elapsed * (1 - share) / share));
   }
   if (!note.empty()) text += fmt::format(", {}", note);
+  if (job_to_ > 0) {
+    const double now = job_from_ + share * (job_to_ - job_from_);
+    text += fmt::format("; whole job: {:.0f} %", 100 * now);
+    const double worked = now - job_begin_;
+    if (worked > 0.005) {
+      const double so_far = seconds_between(job_start_, Clock::now());
+      text += fmt::format(", {} left", format_seconds(so_far * (1 - now) / worked));
+    }
+  }
   if (!terminal_) {
     write_error(text + "\n");
     return;

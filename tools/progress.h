@@ -22,6 +22,7 @@ class Progress : public engine::Monitor {
 
   void stage(std::string_view name, std::int64_t total) override;
   void advance(std::int64_t done, std::string_view note) override;
+  void job(double from, double to) override;
   void line(std::string_view text) override;
   bool cancelled() const override;
 
@@ -40,6 +41,12 @@ class Progress : public engine::Monitor {
   std::string note_;
   Clock::time_point stage_start_;
   Clock::time_point last_draw_;
+  // The whole job, where it says how far it is: shares at the borders of the next (or open) stage,
+  // and where the first one began.
+  double job_from_ = 0;
+  double job_to_ = 0;
+  double job_begin_ = 0;
+  Clock::time_point job_start_;
   bool bar_shown_ = false;
   bool stage_open_ = false;
 };

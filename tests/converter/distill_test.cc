@@ -87,7 +87,7 @@ TEST(Distill, LowersTheHeldOutErrorAndRepeats) {
   const auto run = [](std::uint64_t seed) {
     LayerCase c(6000, 16, 48, kernels::Activation::Silu);
     Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 8, 12, 8, 4}, 1e-3);
-    fit_outputs(c.ctx, s, c.sample, 1e-6, 1e-3);
+    fit_outputs(c.ctx, s, c.sample, 1e-6, 1e-3, DType::F32);
     const double before = error_of(c, s);
     engine::Monitor monitor;
     DistillOptions options;

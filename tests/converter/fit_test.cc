@@ -89,7 +89,7 @@ TEST(FitOutputs, NeverWorseThanTheStartAndBypassHelps) {
   for (const std::int64_t q : {0, 2, 8}) {
     Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 8, 8, q}, 1e-4);
     const double before = error_of(c, s, fitted);
-    fit_outputs(c.ctx, s, c.sample, 1e-6, 1e-6);
+    fit_outputs(c.ctx, s, c.sample, 1e-6, 1e-6, DType::F32);
     const double after = error_of(c, s, fitted);
     EXPECT_LT(after, before);
     EXPECT_LT(after, last) << "bypass rank " << q;
@@ -105,7 +105,7 @@ TEST(FitOutputs, IsAMinimum) {
                            c.sample.weight.first(static_cast<std::size_t>(c.sample.n_fit)),
                            c.sample.n_fit};
   Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 2, 6, 8, 4}, 1e-4);
-  fit_outputs(c.ctx, s, c.sample, 1e-6, 0);
+  fit_outputs(c.ctx, s, c.sample, 1e-6, 0, DType::F32);
   const double best = error_of(c, s, fitted);
   const auto probe = [&](AlignedBuffer<float>& values) {
     for (std::size_t i = 0; i < values.size(); i += 5) {

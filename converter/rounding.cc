@@ -1,0 +1,105 @@
+#include "converter/rounding.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels/base/error.h"
+#include "kernels/quant.h"
+
+namespace moesaic::converter {
+namespace {
+
+// Weights that share a scale in `dtype`, or, where none do, as many as are rounded at once.
+std::int64_t block_length(DType dtype, std::int64_t n) {
+  const std::int64_t block = traits(dtype).block_elems;
+  return block > 1 ? block : std::min<std::int64_t>(n, 32);
+}
+
+void round_span(DType dtype, std::span<float> values, std::span<std::byte> packed) {
+  kernels::quantize_row(dtype, values, packed.data());
+  kernels::dequantize_row(dtype, packed.data(), values);
+}
+
+void check(Matrix w, std::int64_t n, const DMatrix& l, DType dtype) {
+  require<ShapeError>(l.rows == l.cols && l.rows >= n,
+                      "rounding: {} coordinates with a factor of [{}, {}]", n, l.rows, l.cols);
+  require<ShapeError>(w.cols % traits(dtype).block_elems == 0,
+                      "rounding: rows of {} to {}, expected a multiple of {}", w.cols,
+                      traits(dtype).name, traits(dtype).block_elems);
+}
+
+}  // namespace
+
+void round_inputs(Context& ctx, Matrix w, const DMatrix& l, DType dtype) {
+  const std::int64_t n = w.cols;
+  check(w, n, l, dtype);
+  const std::int64_t length = block_length(dtype, n);
+  // share[j, k] for a block B and j behind it: row j of L_{>B,B} L_BB⁻¹.
+  DMatrix share(n, n);
+  for (std::int64_t first = 0; first < n; first += length) {
+    const std::int64_t end = std::min(n, first + length);
+    for (std::int64_t j = end; j < n; ++j) {
+      for (std::int64_t k = end - 1; k >= first; --k) {  // s L_BB = L_jB, from the last column on
+        double v = l.at(j, k);
+        for (std::int64_t i = k + 1; i < end; ++i) v -= share.at(j, i) * l.at(i, k);
+        share.at(j, k) = v / l.at(k, k);
+      }
+    }
+  }
+  const int n_threads = ctx.pool.n_threads();
+  ctx.pool.run([&](int thread) {
+    const Range rows = split(w.rows, n_threads, thread);
+    std::vector<std::byte> packed(static_cast<std::size_t>(row_bytes(dtype, length)));
+    std::vector<float> lost(static_cast<std::size_t>(n));
+    std::vector<double> wanted(static_cast<std::size_t>(length));
+    for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+      float* row = w.row(r);
+      for (std::int64_t block = (n + length - 1) / length - 1; block >= 0; --block) {
+        const std::int64_t first = block * length;
+        const std::int64_t end = std::min(n, first + length);
+        std::copy(row + first, row + end, wanted.begin());
+        for (std::int64_t j = end; j < n; ++j) {
+          const double e = lost[static_cast<std::size_t>(j)];
+          if (e == 0) continue;
+          for (std::int64_t k = first; k < end; ++k)
+            wanted[static_cast<std::size_t>(k - first)] += e * share.at(j, k);
+        }
+        const auto size = static_cast<std::size_t>(end - first);
+        std::copy_n(row + first, size, lost.begin() + first);
+        std::copy_n(wanted.begin(), size, row + first);
+        round_span(dtype, {row + first, size}, packed);
+        for (std::int64_t k = first; k < end; ++k) lost[static_cast<std::size_t>(k)] -= row[k];
+      }
+    }
+  });
+}
+
+void round_outputs(Context& ctx, Matrix w, const DMatrix& l, DType dtype) {
+  const std::int64_t n = w.rows;
+  check(w, n, l, dtype);
+  const std::int64_t length = block_length(dtype, w.cols);
+  const int n_threads = ctx.pool.n_threads();
+  // Columns of W are sums of their own: each thread takes whole blocks of them through all rows.
+  ctx.pool.run([&](int thread) {
+    const Range cols = split(w.cols, n_threads, thread, length);
+    if (cols.size() == 0) return;
+    const auto size = static_cast<std::size_t>(cols.size());
+    std::vector<std::byte> packed(static_cast<std::size_t>(row_bytes(dtype, cols.size())));
+    std::vector<float> lost(static_cast<std::size_t>(n) * size);
+    for (std::int64_t k = n - 1; k >= 0; --k) {
+      float* row = w.row(k) + cols.begin;
+      float* own = lost.data() + static_cast<std::size_t>(k) * size;
+      std::copy_n(row, size, own);
+      const double diagonal = l.at(k, k);
+      for (std::int64_t j = k + 1; j < n; ++j) {
+        const auto share = static_cast<float>(l.at(j, k) / diagonal);
+        const float* e = lost.data() + static_cast<std::size_t>(j) * size;
+        for (std::size_t i = 0; i < size; ++i) row[i] += share * e[i];
+      }
+      round_span(dtype, {row, size}, packed);
+      for (std::size_t i = 0; i < size; ++i) own[i] -= row[i];
+    }
+  });
+}
+
+}  // namespace moesaic::converter
