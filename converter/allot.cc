@@ -12,10 +12,10 @@ constexpr std::int64_t kStep = 8;  // granularity of k: eight experts, a cache l
 
 // Fractions a layer may be given, `least` … 1.
 std::vector<double> choices(double least) {
-  std::vector<double> out;
+  std::vector<double> out = {least};
   for (int i = 0; i < 48; ++i) {
     const double f = i / 48.0;
-    if (f >= least - 1e-9 && f < 0.9) out.push_back(f);  // beyond .9 a router costs what it saves
+    if (f > least + 1e-9 && f < 0.9) out.push_back(f);  // beyond .9 a router costs what it saves
   }
   out.push_back(1.0);
   return out;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <functional>
 #include <nlohmann/json.hpp>
 
@@ -92,6 +93,24 @@ PlanShape plan_shape(const models::ModelConfig& config, const Recipe& recipe) {
   return s;
 }
 
+// Name and numbers: layers of a program with other numbers are not taken over.
+nlohmann::ordered_json to_json(const Recipe& r) {
+  return {{"name", r.name},
+          {"sensitivity_tokens", r.sensitivity_tokens},
+          {"shared_fraction", r.shared_fraction},
+          {"router_rank", r.router_rank},
+          {"bypass_rank", r.bypass_rank},
+          {"router_ridge", r.router_ridge},
+          {"output_ridge", r.output_ridge},
+          {"correction", r.correction},
+          {"least_fraction", r.least_fraction},
+          {"passes", r.distill.passes},
+          {"batch", r.distill.batch},
+          {"learning_rate", r.distill.learning_rate},
+          {"distill_router_rate", r.distill.router_rate},
+          {"auxiliary", r.distill.auxiliary}};
+}
+
 nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::string& source_digest,
                                    const std::string& data_digest) {
   const ConvertOptions& o = job.options;
@@ -99,7 +118,7 @@ nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::str
   j["program"] = "moesaic " MOESAIC_VERSION;
   j["source_digest"] = source_digest;
   j["data"] = o.data == "self" ? "self" : data_digest;
-  j["recipe"] = o.recipe;
+  j["recipe"] = to_json(job.recipe);
   j["active"] = o.active;
   j["tokens"] = job.n_tokens;
   j["seed"] = o.seed;
@@ -124,13 +143,20 @@ std::string plan_to_json(std::span<const LayerPlan> plans, std::span<const doubl
   return j.dump(1);
 }
 
-void plan_from_json(const std::string& text, std::vector<LayerPlan>& plans,
-                    std::vector<double>& sensitivity) {
-  for (const auto& p : nlohmann::json::parse(text)) {
-    plans.push_back({p.at("dense"), p.at("n_shared"), p.at("n_active"), p.at("router_rank"),
-                     p.at("bypass_rank")});
-    sensitivity.push_back(p.at("sensitivity"));
+// Throws FormatError naming `file` if the text is not a plan of this many layers.
+void plan_from_json(const std::string& text, const std::string& file, int n_layers,
+                    std::vector<LayerPlan>& plans, std::vector<double>& sensitivity) {
+  try {
+    for (const auto& p : nlohmann::json::parse(text)) {
+      plans.push_back({p.at("dense"), p.at("n_shared"), p.at("n_active"), p.at("router_rank"),
+                       p.at("bypass_rank")});
+      sensitivity.push_back(p.at("sensitivity"));
+    }
+  } catch (const nlohmann::json::exception& e) {
+    throw FormatError(fmt::format("{}: is no plan: {}", file, e.what()));
   }
+  require<FormatError>(plans.size() == static_cast<std::size_t>(n_layers),
+                       "{}: plans {} layers, expected {}", file, plans.size(), n_layers);
 }
 
 // What a whole conversion costs, for its ETA: seconds in proportion, from the work per token of each
@@ -138,6 +164,9 @@ void plan_from_json(const std::string& text, std::vector<LayerPlan>& plans,
 class Schedule {
  public:
   Schedule(engine::Monitor& monitor, double total) : monitor_(monitor), total_(total) {}
+
+  // Work that turned out not to be needed.
+  void drop(double cost) { total_ -= cost; }
 
   // The stage that begins next costs this much.
   void next(double cost) {
@@ -263,7 +292,7 @@ class Conversion {
     // Trained rows leave the grid of the checkpoint's own format, which can cost what a short
     // training gains: the held-out tokens decide.
     const double error = held_out_error(distilled);
-    if (error < report.error_closed_form) {
+    if (error < report.error_closed_form || std::isnan(report.error_closed_form)) {
       report.error_distilled = error;
       packed = std::move(distilled);
     }
@@ -327,9 +356,11 @@ class Conversion {
   AlignedBuffer<float> y_;  // [n, d_model] outputs wanted, then the layer's own
 };
 
-// Bytes at the peak: four [tokens, d_model] arrays, one tile's activations with their gradients,
-// the normal equations, Adam's state, and the checkpoint's own pages.
-std::int64_t estimate_memory(const Job& job, std::int64_t file_bytes) {
+// Bytes at the peak. While converting: four [tokens, d_model] arrays, one tile's activations with
+// their gradients, the normal equations, Adam's state; while sampling: cache and logits; and always
+// the checkpoint's own pages.
+std::int64_t estimate_memory(const Job& job, const models::Checkpoint& checkpoint,
+                             std::int64_t n_ctx) {
   const std::int64_t d = job.shape.d_model;
   const std::int64_t n = job.shape.d_ff;
   const std::int64_t f = n + d + 1;
@@ -337,7 +368,21 @@ std::int64_t estimate_memory(const Job& job, std::int64_t file_bytes) {
   const std::int64_t tile = 4 * 2048 * (8 * n + 6 * d);
   const std::int64_t equations = (4 + 8 + 8) * f * f;
   const std::int64_t adam = 4 * 3 * n * d * 5;
-  return streams + tile + equations + adam + file_bytes + (std::int64_t{200} << 20);
+  const std::int64_t sampling =
+      job.options.data == "self" ? sampling_bytes(checkpoint.config.shape(), n_ctx, job.n_tokens)
+                                 : 0;
+  return std::max(streams + tile + equations + adam, sampling) + checkpoint.file->file_bytes() +
+         (std::int64_t{200} << 20);
+}
+
+// Bytes of the files in a folder; 0 where there is none.
+std::int64_t folder_bytes(const std::filesystem::path& folder) {
+  std::int64_t bytes = 0;
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    if (const auto size = entry.file_size(error); !error) bytes += static_cast<std::int64_t>(size);
+  }
+  return bytes;
 }
 
 }  // namespace
@@ -361,6 +406,8 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   const auto tokenizer = models::load_tokenizer(*checkpoint->file);
   Job job{options, recipe, options.tokens > 0 ? options.tokens : recipe.tokens, {}};
   job.shape = plan_shape(checkpoint->config, recipe);
+  // What cannot be planned is refused before the work, not after it.
+  if (options.active < 1) plan_for_fraction(job.shape, options.active);
   router_dtype(options, job.shape);
   for (const auto& layer : checkpoint->layers)
     expert_dtype(options, std::get<models::DenseMlp>(layer.mlp));
@@ -373,12 +420,15 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   } else {
     job.n_tokens = std::max<std::int64_t>(2, job.n_tokens / calibration.n_ctx) * calibration.n_ctx;
   }
-  const std::int64_t file_bytes = checkpoint->file->file_bytes();
-  const std::int64_t disk =
-      2 * estimate_output_bytes(*checkpoint->file);  // the output and the layers kept for --resume
+  // The output, and the layers kept for --resume, as far as they are not there yet.
+  const std::int64_t output_bytes =
+      estimate_output_bytes(*checkpoint->file, options.expert_dtype, options.router_dtype);
+  const std::int64_t kept_bytes =
+      options.resume ? folder_bytes(options.output.string() + ".state") : 0;
+  const std::int64_t disk = output_bytes + std::max<std::int64_t>(0, output_bytes - kept_bytes);
   monitor.line(
       fmt::format("needs about {:.1f} GB of memory and {:.1f} GB of disk ({} calibration tokens)",
-                  static_cast<double>(estimate_memory(job, file_bytes)) / 1e9,
+                  static_cast<double>(estimate_memory(job, *checkpoint, calibration.n_ctx)) / 1e9,
                   static_cast<double>(disk) / 1e9, job.n_tokens));
   models::check_writable(options.output, disk);
 
@@ -442,7 +492,7 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   std::vector<LayerPlan> plans;
   std::vector<double> sensitivity;
   if (kept_plan) {
-    plan_from_json(*kept_plan, plans, sensitivity);
+    plan_from_json(*kept_plan, (state.path() / "plan.json").string(), n_layers, plans, sensitivity);
   } else {
     const std::int64_t windows = std::clamp<std::int64_t>(
         recipe.sensitivity_tokens / calibration.n_ctx, 2, calibration.n_windows());
@@ -461,6 +511,9 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   }
   const auto n_dense =
       std::count_if(plans.begin(), plans.end(), [](const LayerPlan& p) { return p.dense; });
+  const auto n_dense_left = std::count_if(plans.begin() + static_cast<std::ptrdiff_t>(saved.size()),
+                                          plans.end(), [](const LayerPlan& p) { return p.dense; });
+  schedule.drop(static_cast<double>(n_dense_left) * n_tokens * (costs.all() - costs.pass()));
   monitor.line(
       fmt::format("plan: mean active fraction {:.3f}, {} of {} layers converted, {} stay dense",
                   report.active_fraction, n_layers - n_dense, n_layers, n_dense));
@@ -485,7 +538,7 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
       row.active_fraction = active_fraction(plan, job.shape.d_model, job.shape.d_ff);
       row.sensitivity = sensitivity[static_cast<std::size_t>(layer)];
       if (plan.dense) {
-        schedule.next(n_tokens * costs.all());
+        schedule.next(n_tokens * costs.pass());
         monitor.stage(fmt::format("layer {}: stays dense", layer), 1);
         row.kind = models::kKindDense;
         saved.push_back(state.save_dense_layer(row));

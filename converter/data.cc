@@ -196,7 +196,28 @@ std::int64_t parallel_texts(const engine::DecoderShape& shape, std::int64_t capa
   return std::clamp<std::int64_t>(kCacheBytes / bytes, 1, kMost);
 }
 
+/// How n_texts are cut into groups that are drawn side by side.
+struct Groups {
+  std::int64_t n;
+  std::int64_t largest;
+
+  Groups(const engine::DecoderShape& shape, std::int64_t capacity, std::int64_t n_texts) {
+    const std::int64_t most = parallel_texts(shape, capacity);
+    n = (n_texts + most - 1) / most;
+    largest = (n_texts + n - 1) / n;
+  }
+};
+
 }  // namespace
+
+std::int64_t sampling_bytes(const engine::DecoderShape& shape, std::int64_t n_ctx,
+                            std::int64_t n_tokens) {
+  const std::int64_t capacity = std::min(kTextLength, n_ctx);
+  const std::int64_t n_windows = std::max<std::int64_t>(2, n_tokens / n_ctx);
+  const Groups groups(shape, capacity, n_windows * ((n_ctx + capacity - 1) / capacity));
+  const std::int64_t cache = 2 * shape.n_layers * capacity * shape.n_kv_heads * shape.head_dim;
+  return groups.largest * (cache + shape.vocab_size) * static_cast<std::int64_t>(sizeof(float));
+}
 
 Calibration load_calibration(const std::filesystem::path& path, const models::Tokenizer& tokenizer,
                              std::int64_t n_ctx, std::int64_t max_tokens) {
@@ -264,17 +285,15 @@ Calibration sample_calibration(models::Transformer& model, const models::Tokeniz
   }
   const auto n_texts = static_cast<std::int64_t>(texts.size());
   const std::int64_t capacity = std::min(kTextLength, n_ctx);
-  const std::int64_t most = parallel_texts(shape, capacity);
-  const std::int64_t n_groups = (n_texts + most - 1) / most;
-  const std::int64_t largest = (n_texts + n_groups - 1) / n_groups;
+  const Groups groups(shape, capacity, n_texts);
 
-  engine::KvCache cache(shape.n_layers, largest, capacity, shape.n_kv_heads, shape.head_dim);
-  AlignedBuffer<float> logits_memory(static_cast<std::size_t>(largest * shape.vocab_size));
+  engine::KvCache cache(shape.n_layers, groups.largest, capacity, shape.n_kv_heads, shape.head_dim);
+  AlignedBuffer<float> logits_memory(static_cast<std::size_t>(groups.largest * shape.vocab_size));
   ThreadPool& pool = model.context().pool;
   monitor.stage("sample calibration text", n_texts * capacity);
-  for (std::int64_t group = 0; group < n_groups; ++group) {
-    const std::int64_t first = group * n_texts / n_groups;
-    const std::int64_t n = (group + 1) * n_texts / n_groups - first;
+  for (std::int64_t group = 0; group < groups.n; ++group) {
+    const std::int64_t first = group * n_texts / groups.n;
+    const std::int64_t n = (group + 1) * n_texts / groups.n - first;
     const auto size = static_cast<std::size_t>(n);
     std::vector<std::mt19937_64> random;
     std::vector<std::int32_t> slots;

@@ -39,4 +39,8 @@ Calibration sample_calibration(models::Transformer& model, const models::Tokeniz
                                std::int64_t n_ctx, std::int64_t n_tokens, std::uint64_t seed,
                                engine::Monitor& monitor);
 
+/// Bytes of cache and logits that sample_calibration holds.
+std::int64_t sampling_bytes(const engine::DecoderShape& shape, std::int64_t n_ctx,
+                            std::int64_t n_tokens);
+
 }  // namespace moesaic::converter

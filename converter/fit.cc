@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
 
 #include "converter/linalg.h"
@@ -350,7 +351,17 @@ void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double by
   }
   for (std::int64_t j = 0; j < d; ++j)
     student.bias[static_cast<std::size_t>(j)] = static_cast<float>(rest.at(n, j));
+  // Rounds, then moves the mean of what that loses into the bias: G_nk is Σ ω φ_k, G_nn is Σ ω.
+  const std::vector<float> exact(student.neurons.w_down.begin(), student.neurons.w_down.end());
   round_outputs(ctx, {student.neurons.w_down.data(), n, d}, l, down_dtype);
+  for (std::int64_t j = 0; j < d; ++j) {
+    double lost = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      const auto at = static_cast<std::size_t>(i * d + j);
+      lost += g.at(n, i) * (static_cast<double>(exact[at]) - student.neurons.w_down[at]);
+    }
+    student.bias[static_cast<std::size_t>(j)] += static_cast<float>(lost / g.at(n, n));
+  }
 }
 
 void student_forward(Context& ctx, const Student& s, ConstMatrix x, Matrix y) {
@@ -390,7 +401,8 @@ double relative_error(const LayerSample& s, ConstMatrix y_hat) {
   }
   double variance = 0;
   for (std::size_t j = 0; j < sum.size(); ++j) variance += square[j] - sum[j] * sum[j] / total;
-  return variance > 0 ? error / variance : 0;
+  if (error == 0) return 0;
+  return variance > 0 ? error / variance : std::numeric_limits<double>::quiet_NaN();
 }
 
 }  // namespace moesaic::converter

@@ -163,8 +163,8 @@ std::string figure_budget(const ConvertReport& report) {
   Svg svg("fig-budget", kWidth, kLowBase + kBottom, "Budget and sensitivity per layer",
           "Above: multiply-adds per token of each layer as a share of the dense MLP, stacked from "
           "shared neurons, selected neurons, router and bypass; the dashed line is the mean over "
-          "layers. Below: how much the mean negative log-likelihood on calibration text rises when "
-          "this layer alone is converted.");
+          "layers. Below: KL divergence from the dense model's next tokens, in nats, when this "
+          "layer alone is converted.");
   const Bands bands{report.layers.size()};
   double max = 1;
   double min_rise = 0;
@@ -177,9 +177,9 @@ std::string figure_budget(const ConvertReport& report) {
   const ValueAxis axis = draw_value_axis(svg, kTop, kBase, 0, max, 4, "share of the dense MLP",
                                          [](double v) { return number(100 * v, 1) + " %"; });
   const ValueAxis low =
-      draw_value_axis(svg, kLowTop, kLowBase, min_rise, max_rise, 3, "rise of nll", plain_value);
+      draw_value_axis(svg, kLowTop, kLowBase, min_rise, max_rise, 3, "KL, nats", plain_value);
   svg.text(kLeft, kLowTop - 14,
-           "Sensitivity: rise of the mean nll (nats) with this layer alone converted",
+           "Sensitivity: KL divergence from the dense model (nats) with this layer alone converted",
            "panel-title");
   draw_layer_axis(svg, bands, report, kLowBase);
   draw_legend(svg, {{"shared", "shared"},
@@ -215,7 +215,7 @@ std::string figure_budget(const ConvertReport& report) {
     const double rise = finite_or_zero(l.sensitivity);
     svg.rect(x, low.y(std::max(rise, 0.0)), w, std::max(1.0, std::abs(low.y(0) - low.y(rise))),
              is_converted(l) ? "rise" : "dense",
-             fmt::format("layer {}: nll + {}", l.layer, number(l.sensitivity, 4)));
+             fmt::format("layer {}: KL {}", l.layer, number(l.sensitivity, 4)));
   }
   if (!report.layers.empty()) {
     const double y = axis.y(report.active_fraction);

@@ -193,9 +193,9 @@ std::string section(std::string_view heading, std::string_view text, std::string
 std::string table(const ConvertReport& report, const Totals& t) {
   std::string out =
       "<section>\n<h2>All layers</h2>\n<p>The numbers behind the pictures. Error: ω-weighted "
-      "output "
-      "error over ω-weighted output variance on held-out tokens. Sensitivity: rise of the mean nll "
-      "with this layer alone converted.</p>\n"
+      "error over ω-weighted variance of what the layer is asked to add, on held-out tokens. "
+      "Sensitivity: KL divergence from the dense model in nats with this layer alone "
+      "converted.</p>\n"
       "<div class=\"scroll\"><table>\n<thead><tr><th>layer</th><th>kind</th><th>shared</th>"
       "<th>experts</th><th>active</th><th>router rank</th><th>bypass rank</th>"
       "<th>active fraction</th><th>sensitivity</th><th>closed form</th><th>distilled</th>"
@@ -261,8 +261,10 @@ std::string report_html(const ConvertOptions& options, const ConvertReport& repo
   out += cards(options, report, t);
   out +=
       section("Output error, before and after distillation",
-              "How much of the variance of each MLP's output the new layer leaves unexplained on "
-              "tokens it was not fitted on. Rings: the closed-form start from the teacher's own "
+              "How much of the variance of what each layer is asked to add (the dense MLP's output, "
+              "and what earlier layers still owe to the residual stream) it leaves unexplained on "
+              "tokens it was not fitted on. Earlier layers' errors cannot be foreseen from a "
+              "layer's input, so later layers show more. Rings: the closed-form start from the teacher's own "
               "neurons. Dots: after distilling the layer.",
               figure_error(report));
   out +=

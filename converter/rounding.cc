@@ -33,6 +33,7 @@ void check(Matrix w, std::int64_t n, const DMatrix& l, DType dtype) {
 void round_inputs(Context& ctx, Matrix w, const DMatrix& l, DType dtype) {
   const std::int64_t n = w.cols;
   check(w, n, l, dtype);
+  if (dtype == DType::F32) return;
   const std::int64_t length = block_length(dtype, n);
   // share[j, k] for a block B and j behind it: row j of L_{>B,B} L_BB⁻¹.
   DMatrix share(n, n);
@@ -77,6 +78,7 @@ void round_inputs(Context& ctx, Matrix w, const DMatrix& l, DType dtype) {
 void round_outputs(Context& ctx, Matrix w, const DMatrix& l, DType dtype) {
   const std::int64_t n = w.rows;
   check(w, n, l, dtype);
+  if (dtype == DType::F32) return;
   const std::int64_t length = block_length(dtype, w.cols);
   const int n_threads = ctx.pool.n_threads();
   // Columns of W are sums of their own: each thread takes whole blocks of them through all rows.

@@ -52,8 +52,12 @@ double mean_kl(models::Transformer& model, ConstMatrix dense, ConstMatrix other)
       }
     });
   }
-  return std::accumulate(kl.begin(), kl.end(), 0.0) /
-         static_cast<double>(std::max<std::int64_t>(1, n));
+  const double mean = std::accumulate(kl.begin(), kl.end(), 0.0) /
+                      static_cast<double>(std::max<std::int64_t>(1, n));
+  require<FormatError>(std::isfinite(mean),
+                       "{}: gives NaN or infinite logits on the calibration text",
+                       model.checkpoint().file->path().string());
+  return mean;
 }
 
 }  // namespace
@@ -89,6 +93,9 @@ std::vector<float> token_weights(models::Transformer& model, int layer, ConstMat
       total += w;
     }
   }
+  require<FormatError>(std::isfinite(total),
+                       "{}: layer {} gives NaN or infinite values on the calibration text",
+                       model.checkpoint().file->path().string(), layer);
   const auto unit = static_cast<float>(static_cast<double>(weight.size()) / total);
   for (float& w : weight) w *= unit;
   return weight;
@@ -132,7 +139,7 @@ std::vector<double> measure_sensitivity(models::Transformer& model,
     forward_rows(ctx, mlp, mx, my);
     const std::vector<float> weight = token_weights(model, l, fit.r(), my);
     LayerSample sample{mx, my, weight, fit.n_tokens()};
-    const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp), fmt::format("blk.{}", l));
+    const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp), fmt::format("{}: blk.{}", checkpoint.file->path().string(), l));
     judge.attention(l);
     judge.mlp_input(l, mxj);
     Student student = start_from_neurons(ctx, teacher, sample, plan, recipe.router_ridge);

@@ -130,8 +130,11 @@ StateFolder::StateFolder(const std::filesystem::path& output, const std::string&
                         "{}: another conversion is at work here, expected none", path_.string());
     const std::string output_name = output.filename().string();
     remove_files(path_, [](const std::string& name) { return is_own_file(leftover_of(name)); });
-    remove_files(folder_of(output),
-                 [&](const std::string& name) { return leftover_of(name) == output_name; });
+    remove_files(folder_of(output), [&](const std::string& name) {
+      const std::string of = leftover_of(name);
+      return of == output_name || of == output_name + ".report.json" ||
+             of == output_name + ".report.html";
+    });
 
     int n_layers = 0;
     for (const auto& entry : std::filesystem::directory_iterator(path_)) {

@@ -17,8 +17,7 @@ Stream::Stream(models::Transformer& model, std::span<const std::int32_t> tokens,
       d_model_(model.config().d_model),
       n_ctx_(n_ctx),
       r_(tokens.size() * static_cast<std::size_t>(model.config().d_model)),
-      cache_(model.config().n_layers, kWindows, n_ctx, model.config().n_kv_heads,
-             model.config().head_dim) {
+      cache_(1, kWindows, n_ctx, model.config().n_kv_heads, model.config().head_dim) {
   for (std::int64_t slot = 0; slot < kWindows; ++slot) {
     for (std::int64_t pos = 0; pos < n_ctx; ++pos) {
       slots_.push_back(static_cast<std::int32_t>(slot));
@@ -33,7 +32,7 @@ void Stream::attention(int layer) {
     const std::int64_t rows = std::min(kWindows * n_ctx_, n_tokens_ - first);
     const auto n = static_cast<std::size_t>(rows);
     model_.attention_block(layer, {std::span(slots_).first(n), std::span(positions_).first(n)},
-                           cache_, r().slice(first, rows));
+                           cache_.layer(0), r().slice(first, rows));
   }
 }
 

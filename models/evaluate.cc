@@ -213,6 +213,15 @@ void top_logits(std::span<const float> logits, double lse, std::size_t n, TokenS
   }
 }
 
+// ln Σ exp of a row of the model's logits. Throws FormatError where it is NaN or infinite.
+double checked_log_sum_exp(const Transformer& model, std::span<const float> logits) {
+  const double lse = engine::log_sum_exp(logits);
+  require<FormatError>(std::isfinite(lse),
+                       "{}: gives NaN or infinite logits, expected finite ones: is it damaged?",
+                       model.checkpoint().file->path().string());
+  return lse;
+}
+
 }  // namespace
 
 Perplexity evaluate_perplexity(Transformer& model, const Tokenizer& tokenizer,
@@ -234,7 +243,7 @@ Perplexity evaluate_perplexity(Transformer& model, const Tokenizer& tokenizer,
       const ConstMatrix logits = runner.logits(done, n);
       for_rows(model.context().pool, n, [&](std::int64_t r) {
         nll[static_cast<std::size_t>(r)] =
-            engine::log_sum_exp(row(logits, r)) - logits.row(r)[chunks.target(c, first + r)];
+            checked_log_sum_exp(model, row(logits, r)) - logits.row(r)[chunks.target(c, first + r)];
       });
       for (std::int64_t r = 0; r < n; ++r) mean.add(nll[static_cast<std::size_t>(r)]);
     }
@@ -275,8 +284,8 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
       const ConstMatrix q = hybrid_runner.logits(done, n);
       for_rows(dense.context().pool, n, [&](std::int64_t r) {
         const std::int32_t target = chunks.target(c, first + r);
-        const double lse_p = engine::log_sum_exp(row(p, r));
-        const double lse_q = engine::log_sum_exp(row(q, r));
+        const double lse_p = checked_log_sum_exp(dense, row(p, r));
+        const double lse_q = checked_log_sum_exp(hybrid, row(q, r));
         positions[static_cast<std::size_t>(r)] = {
             .nll_dense = lse_p - p.row(r)[target],
             .nll_hybrid = lse_q - q.row(r)[target],
@@ -325,7 +334,7 @@ TokenScores score_tokens(Transformer& model, std::span<const std::int32_t> ids, 
     for_rows(model.context().pool, n, [&](std::int64_t r) {
       const auto pos = static_cast<std::size_t>(first + r);
       const std::span<const float> values = row(logits, r);
-      const double lse = engine::log_sum_exp(values);
+      const double lse = checked_log_sum_exp(model, values);
       if (pos + 1 < ids.size()) {
         scores.nll[pos] = lse - values[static_cast<std::size_t>(ids[pos + 1])];
       }

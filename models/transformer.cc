@@ -87,7 +87,7 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
   const bool all_rows = observer_ || n_outputs == batch.tokens.size();
   const int last = config().n_layers - 1;
   for (int layer = 0; layer < last || (all_rows && layer == last); ++layer) {
-    attention_block(layer, places, cache, r);
+    attention_block(layer, places, cache.layer(layer), r);
     mlp_block(layer, r);
   }
   if (all_rows) {
@@ -97,7 +97,7 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
 
   const Workspace::Scope scope(ctx_.workspace);
   const Matrix n = take(ctx_.workspace, r.rows, r.cols);
-  store_keys(last, places, cache, r, n);
+  store_keys(last, places, cache.layer(last), r, n);
   if (n_outputs == 0) return;
   keep_rows(batch.outputs, n);
   keep_rows(batch.outputs, r);
@@ -108,7 +108,7 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
     positions[i] = batch.positions[static_cast<std::size_t>(batch.outputs[i])];
   }
   const Matrix wanted = r.slice(0, static_cast<std::int64_t>(n_outputs));
-  attend(last, {slots, positions}, cache, n.slice(0, wanted.rows), wanted);
+  attend(last, {slots, positions}, cache.layer(last), n.slice(0, wanted.rows), wanted);
   mlp_block(last, wanted);
 }
 
@@ -117,15 +117,15 @@ void Transformer::embed(std::span<const std::int32_t> tokens, Matrix r) {
 }
 
 void Transformer::attention_block(int layer, const kernels::TokenPlaces& places,
-                                  engine::KvCache& cache, Matrix r) {
+                                  kernels::KvLayerView cache, Matrix r) {
   const Workspace::Scope scope(ctx_.workspace);
   const Matrix n = take(ctx_.workspace, r.rows, r.cols);
   store_keys(layer, places, cache, r, n);
   attend(layer, places, cache, n, r);
 }
 
-void Transformer::store_keys(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache,
-                             ConstMatrix r, Matrix n) {
+void Transformer::store_keys(int layer, const kernels::TokenPlaces& places,
+                             kernels::KvLayerView cache, ConstMatrix r, Matrix n) {
   const ModelConfig& c = config();
   const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
   const Workspace::Scope scope(ctx_.workspace);
@@ -140,10 +140,10 @@ void Transformer::store_keys(int layer, const kernels::TokenPlaces& places, engi
   }
   kernels::rope(ctx_, k, c.head_dim, places.positions, rope_freq_[static_cast<std::size_t>(layer)],
                 c.rope_style);
-  kernels::store_kv(ctx_, k, v, places, cache.layer(layer));
+  kernels::store_kv(ctx_, k, v, places, cache);
 }
 
-void Transformer::attend(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache,
+void Transformer::attend(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache,
                          Matrix n, Matrix r) {
   const ModelConfig& c = config();
   const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
@@ -157,7 +157,7 @@ void Transformer::attend(int layer, const kernels::TokenPlaces& places, engine::
   }
   kernels::rope(ctx_, q, c.head_dim, places.positions, rope_freq_[static_cast<std::size_t>(layer)],
                 c.rope_style);
-  kernels::attention(ctx_, q, places, cache.layer(layer), c.n_heads, c.attention_scale,
+  kernels::attention(ctx_, q, places, cache, c.n_heads, c.attention_scale,
                      c.layers[static_cast<std::size_t>(layer)].window, mixed);
   if (w.post_attn_norm.empty()) {
     kernels::linear(ctx_, w.w_o, mixed, r, Traffic::Attention, true);

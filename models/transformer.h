@@ -71,7 +71,7 @@ class Transformer : public engine::Decoder {
 
   // The steps of forward(), r [n_tokens, d_model] being the residual stream.
   void embed(std::span<const std::int32_t> tokens, Matrix r);
-  void attention_block(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache,
+  void attention_block(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache,
                        Matrix r);
   void mlp_input(int layer, ConstMatrix r, Matrix x);  // x = mlp_norm(r)
   void add_mlp_output(int layer, Matrix y, Matrix r);  // r += post_mlp_norm?(y); y is scratch after
@@ -87,9 +87,9 @@ class Transformer : public engine::Decoder {
   void check_batch(const engine::Batch& batch, const engine::KvCache& cache) const;
   // The two halves of attention_block(): n = attn_norm(r), from which keys and values go to the
   // cache; and what queries from n read there, added to r. n is scratch after.
-  void store_keys(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache,
+  void store_keys(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache,
                   ConstMatrix r, Matrix n);
-  void attend(int layer, const kernels::TokenPlaces& places, engine::KvCache& cache, Matrix n,
+  void attend(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache, Matrix n,
               Matrix r);
   void mlp_block(int layer, Matrix r);
 

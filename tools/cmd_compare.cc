@@ -15,9 +15,10 @@
 namespace moesaic::tools {
 namespace {
 
-constexpr std::int64_t kPrefill = 512;  // pp512
-constexpr std::int64_t kDecode = 128;   // tg128
-constexpr std::int64_t kBatch = 512;    // tokens per prefill pass
+// pp512 and tg128, or as much as the context holds.
+constexpr std::int64_t kPrefill = 512;
+constexpr std::int64_t kDecode = 128;
+constexpr std::int64_t kBatch = 512;  // tokens per prefill pass
 
 struct CompareOptions {
   std::string dense, hybrid, data;
@@ -38,6 +39,8 @@ struct Side {
   std::int64_t file_bytes = 0;
   std::int64_t resident_bytes = 0;
 
+  std::int64_t n_prefill = 0, n_decode = 0;  // tokens of each measurement
+
   double prefill_tps() const { return median(prefill); }
   double decode_tps() const { return median(decode); }
 };
@@ -48,12 +51,19 @@ void measure_throughput(Model& dense, Model& hybrid, Side (&sides)[2],
                         const CompareOptions& options, Runtime& runtime, Progress& progress) {
   Model* models[2] = {&dense, &hybrid};
   SilentMonitor silent;
+  const std::int64_t context = dense.transformer.shape().context_length;
+  const std::int64_t n_prefill = std::min(kPrefill, context);
+  const std::int64_t n_decode = std::min(kDecode, context);
+  for (Side& side : sides) {
+    side.n_prefill = n_prefill;
+    side.n_decode = n_decode;
+  }
   progress.stage("throughput", std::int64_t{4} * options.repetitions);
   for (int r = 0; r < options.repetitions; ++r) {
     for (int i = 0; i < 2; ++i) {
       const int which = (i + r) % 2;
       sides[which].prefill.push_back(engine::measure_prefill(models[which]->transformer,
-                                                             runtime.tally, kPrefill, kBatch, 1,
+                                                             runtime.tally, n_prefill, kBatch, 1,
                                                              silent)
                                          .mean);
       progress.advance(4 * r + i + 1, {});
@@ -62,7 +72,7 @@ void measure_throughput(Model& dense, Model& hybrid, Side (&sides)[2],
     for (int i = 0; i < 2; ++i) {
       const int which = (i + r) % 2;
       const engine::Throughput t =
-          engine::measure_decode(models[which]->transformer, runtime.tally, kDecode, 1, silent);
+          engine::measure_decode(models[which]->transformer, runtime.tally, n_decode, 1, silent);
       sides[which].decode.push_back(t.mean);
       sides[which].bytes_per_token += t.bytes_per_token / options.repetitions;
       progress.advance(4 * r + 2 + i + 1, {});
@@ -122,10 +132,10 @@ std::string as_table(const Side (&sides)[2], const models::Divergence& divergenc
         fmt::format("{:.4f} ± {:.4f}", divergence.kl_mean, divergence.kl_stderr), ""},
        {"top-1 agreement with dense", "100 %",
         fmt::format("{:.1f} %", 100 * divergence.top1_agreement), ""},
-       {"prefill, pp512 (tokens/s)", speed(dense.prefill_tps(), dense.prefill),
+       {fmt::format("prefill, pp{} (tokens/s)", dense.n_prefill), speed(dense.prefill_tps(), dense.prefill),
         speed(hybrid.prefill_tps(), hybrid.prefill),
         ratio(hybrid.prefill_tps(), dense.prefill_tps())},
-       {"decode, tg128 (tokens/s)", speed(dense.decode_tps(), dense.decode),
+       {fmt::format("decode, tg{} (tokens/s)", dense.n_decode), speed(dense.decode_tps(), dense.decode),
         speed(hybrid.decode_tps(), hybrid.decode), ratio(hybrid.decode_tps(), dense.decode_tps())},
        {"bytes read per decoded token", megabytes(dense.bytes_per_token),
         megabytes(hybrid.bytes_per_token), ratio(hybrid.bytes_per_token, dense.bytes_per_token)},

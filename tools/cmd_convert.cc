@@ -78,7 +78,7 @@ void convert(Options& options) {
     const std::filesystem::path state = with_suffix(convert.output, ".state");
     throw Interrupted(
         std::filesystem::exists(state)
-            ? fmt::format("interrupted: finished layers are kept in {}; the same command with "
+            ? fmt::format("interrupted: what was finished is kept in {}; the same command with "
                           "--resume goes on from there",
                           state.string())
             : "interrupted: nothing was finished yet, nothing is kept");

@@ -2,9 +2,12 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <dnnl.hpp>
+#include <vector>
 
 #include "kernels/base/error.h"
+#include "kernels/quant.h"
 
 namespace moesaic::kernels {
 namespace {
@@ -60,6 +63,27 @@ void multiply(const Gemm& g, dnnl::memory::data_type type, const T* a, const T* 
   }
 }
 
+// oneDNN multiplies bfloat16 only where it has AVX-512 (emulated below the bf16 instructions).
+bool has_bf16() {
+  static const bool has = [] {
+    const auto isa = static_cast<unsigned>(dnnl::get_effective_cpu_isa());
+    const auto least = static_cast<unsigned>(dnnl::cpu_isa::avx512_core);
+    return (isa & least) == least;
+  }();
+  return has;
+}
+
+// The same values in float32, row after row; returns the elements from one row to the next.
+std::int64_t widen(const std::uint16_t* from, std::int64_t rows, std::int64_t cols, std::int64_t ld,
+                   std::vector<float>& to) {
+  to.resize(std::max(to.size(), static_cast<std::size_t>(rows * cols)));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t i = 0; i < cols; ++i)
+      to[static_cast<std::size_t>(r * cols + i)] = bf16_to_f32(from[r * ld + i]);
+  }
+  return cols;
+}
+
 }  // namespace
 
 void gemm_f32(const Gemm& g, const float* a, const float* b, float* c) {
@@ -67,7 +91,14 @@ void gemm_f32(const Gemm& g, const float* a, const float* b, float* c) {
 }
 
 void gemm_bf16(const Gemm& g, const std::uint16_t* a, const std::uint16_t* b, float* c) {
-  multiply(g, dnnl::memory::data_type::bf16, a, b, c);
+  if (has_bf16()) return multiply(g, dnnl::memory::data_type::bf16, a, b, c);
+  // Scratch of the thread's own, grown to the largest product it has met: who calls need not know.
+  thread_local std::vector<float> wide_a;
+  thread_local std::vector<float> wide_b;
+  Gemm wide = g;
+  wide.lda = widen(a, g.trans_a ? g.k : g.m, g.trans_a ? g.m : g.k, g.lda, wide_a);
+  wide.ldb = widen(b, g.trans_b ? g.n : g.k, g.trans_b ? g.k : g.n, g.ldb, wide_b);
+  multiply(wide, dnnl::memory::data_type::f32, wide_a.data(), wide_b.data(), c);
 }
 
 }  // namespace moesaic::kernels

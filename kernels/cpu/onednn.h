@@ -27,7 +27,8 @@ void to_bf16_bits(const float* src, std::size_t n, std::uint16_t* dst);
 /// Runs it in float32. Throws Error if oneDNN refuses.
 void gemm_f32(const Gemm& g, const float* a, const float* b, float* c);
 
-/// Runs it on raw bfloat16 operands with float32 sums. Throws Error if oneDNN refuses.
+/// Runs it on raw bfloat16 operands with float32 sums; on a machine where oneDNN has no bfloat16,
+/// on the same values in float32. Throws Error if oneDNN refuses.
 void gemm_bf16(const Gemm& g, const std::uint16_t* a, const std::uint16_t* b, float* c);
 
 }  // namespace moesaic::kernels

@@ -63,6 +63,18 @@ TEST(Allot, KeepsTheMeanAndGivesFragileLayersMore) {
   EXPECT_TRUE(allot(kSmolLm2, sensitivity, 0.5, 0.3)[0].dense);
 }
 
+// Any fraction that a single layer can have is one that all layers together can have.
+TEST(Allot, EveryFractionThatAPlanReaches) {
+  std::vector<double> sensitivity(30, 0.04);
+  sensitivity[0] = 0.6;
+  for (int percent = 20; percent < 100; ++percent) {
+    const double active = percent / 100.0;
+    const auto plans = allot(kSmolLm2, sensitivity, active, 0.36);
+    EXPECT_LE(mean_fraction(plans, kSmolLm2), active + 1e-12) << active;
+    EXPECT_GT(mean_fraction(plans, kSmolLm2), active - 0.03) << active;
+  }
+}
+
 TEST(Allot, OneMeansAllDense) {
   for (const LayerPlan& p : allot(kSmolLm2, std::vector<double>(4, 0.1), 1.0, 0.3))
     EXPECT_TRUE(p.dense);

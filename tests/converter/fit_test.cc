@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "kernels/quant.h"
 #include "tests/converter/layer_case.h"
 
 namespace moesaic::converter {
@@ -95,6 +96,28 @@ TEST(FitOutputs, NeverWorseThanTheStartAndBypassHelps) {
     EXPECT_LT(after, last) << "bypass rank " << q;
     last = after;
   }
+}
+
+// Rounded jointly with the fit: on the grid, and better than the plain rounding of the same fit.
+TEST(FitOutputs, DownRowsEndOnTheGrid) {
+  LayerCase c(1500, 32, 64, kernels::Activation::Silu);
+  const LayerPlan plan{false, 8, 24, 8, 4};
+  Student jointly = start_from_neurons(c.ctx, c.teacher, c.sample, plan, 1e-4);
+  fit_outputs(c.ctx, jointly, c.sample, 1e-6, 1e-3, DType::Q4_1);
+  Student plainly = start_from_neurons(c.ctx, c.teacher, c.sample, plan, 1e-4);
+  fit_outputs(c.ctx, plainly, c.sample, 1e-6, 1e-3, DType::F32);
+  const auto round = [](AlignedBuffer<float>& rows) {
+    std::vector<std::byte> packed(row_bytes(DType::Q4_1, 32));
+    for (std::size_t i = 0; i < rows.size(); i += 32) {
+      kernels::quantize_row(DType::Q4_1, {rows.data() + i, 32}, packed.data());
+      kernels::dequantize_row(DType::Q4_1, packed.data(), {rows.data() + i, 32});
+    }
+  };
+  const std::vector<float> once(jointly.neurons.w_down.begin(), jointly.neurons.w_down.end());
+  round(jointly.neurons.w_down);
+  EXPECT_EQ(std::vector<float>(jointly.neurons.w_down.begin(), jointly.neurons.w_down.end()), once);
+  round(plainly.neurons.w_down);
+  EXPECT_LT(error_of(c, jointly, c.sample), error_of(c, plainly, c.sample));
 }
 
 // The fit is a minimum: moving any fitted parameter a little does not reduce the weighted squared

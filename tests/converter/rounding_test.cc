@@ -126,6 +126,34 @@ TEST(Rounding, TwoCoordinatesByHand) {
   EXPECT_EQ(column[0], q0);
 }
 
+// Blocks of 32 share a scale: what the last block loses moves the first one's target by
+// H_BB⁻¹ H_B,>B e before it is rounded.
+TEST(Rounding, BlockBeforeARoundedOneByDirectSolution) {
+  Case c(64);
+  AlignedBuffer<float> w = Case::random(64);
+  const std::vector<float> before(w.begin(), w.end());
+  round_inputs(c.ctx, {w.data(), 1, 64}, c.factor, DType::Q4_1);
+
+  std::vector<float> last(before.begin() + 32, before.end());
+  round_plainly(DType::Q4_1, {last.data(), 1, 32});
+  DMatrix shift(32, 1);
+  for (std::int64_t i = 0; i < 32; ++i) {
+    for (std::int64_t j = 0; j < 32; ++j) {
+      const auto at = static_cast<std::size_t>(j);
+      shift.at(i, 0) += c.moments.at(i, 32 + j) * (static_cast<double>(before[32 + at]) - last[at]);
+    }
+  }
+  solve_cholesky(cholesky(c.moments.block(0, 0, 32, 32)), shift);
+  std::vector<float> first(32);
+  for (std::size_t i = 0; i < 32; ++i)
+    first[i] = static_cast<float>(before[i] + shift.data[i]);
+  round_plainly(DType::Q4_1, {first.data(), 1, 32});
+  for (std::size_t i = 0; i < 32; ++i) {
+    EXPECT_EQ(w[32 + i], last[i]) << i;
+    EXPECT_NEAR(w[i], first[i], 1e-5) << i;
+  }
+}
+
 TEST(Rounding, F32StaysAndMismatchedShapesAreNamed) {
   Case c(4);
   AlignedBuffer<float> w = Case::random(8);

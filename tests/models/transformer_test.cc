@@ -213,7 +213,7 @@ TEST(Transformer, PiecesGiveWhatForwardGives) {
   const Matrix residual(r.data(), 6, 64);
   model.embed(ids, residual);
   for (int layer = 0; layer < model.config().n_layers; ++layer) {
-    model.attention_block(layer, {slots, positions}, runner.cache, residual);
+    model.attention_block(layer, {slots, positions}, runner.cache.layer(layer), residual);
     model.mlp_input(layer, residual, Matrix(x.data(), 6, 64));
     mlp_forward(runner.test.context, model.checkpoint().layers[static_cast<std::size_t>(layer)].mlp,
                 Matrix(x.data(), 6, 64), Matrix(y.data(), 6, 64));

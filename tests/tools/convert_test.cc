@@ -3,14 +3,18 @@
 #include <gtest/gtest.h>
 
 #include <csignal>
+#include <cstring>
 #include <fstream>
+#include <limits>
 
+#include "converter/convert.h"
 #include "tests/tools/program.h"
 
 namespace moesaic::tools {
 namespace {
 
 using models::TinyModel;
+using models::TinyOptions;
 using nlohmann::json;
 
 class Convert : public testing::Test {
@@ -57,14 +61,94 @@ TEST_F(Convert, OutputThatCannotBeWritten) {
   expect_one_line_error(run_program(quiet), 1, "/nowhere");
 }
 
-TEST_F(Convert, InterruptedThenResumedGivesTheSameFile) {
-  ASSERT_EQ(run_program(line(output_)).status, 0);
-  const std::string second = (folder_.path() / "second.gguf").string();
-  const ProgramRun cut = run_program_and_signal(line(second), "layer  0: ", SIGTERM);
+// Any option that the plan cannot follow is refused at once, not after the work.
+TEST_F(Convert, FractionWithoutRoomForExperts) {
+  std::vector<std::string> arguments = line(output_);
+  arguments[8] = "0.05";
+  arguments.emplace_back("-q");
+  expect_one_line_error(run_program(arguments), 1, "--active");
+  EXPECT_FALSE(std::filesystem::exists(output_ + ".state"));
+}
+
+TEST_F(Convert, PlanThatIsNoneIsNamed) {
+  const ProgramRun cut = run_program_and_signal(line(output_), "layer  0: ", SIGTERM);
   if (cut.status == 0) GTEST_SKIP() << "the conversion was over before the signal came";
-  EXPECT_EQ(cut.status, 1);
-  EXPECT_NE(cut.err.find("moesaic: error: interrupted"), std::string::npos) << cut.err;
+  std::ofstream(output_ + ".state/plan.json") << "[]";
+  std::vector<std::string> again = line(output_);
+  again.insert(again.end(), {"--resume", "-q"});
+  expect_one_line_error(run_program(again), 1, "plan.json: plans 0 layers, expected 3");
+}
+
+TEST_F(Convert, NanInTheCheckpoint) {
+  for (const char* tensor : {"token_embd.weight", "blk.1.attn_q.weight", "blk.1.ffn_up.weight"}) {
+    const TinyModel damaged({.n_layers = 3}, [&](TinyModel& m) {
+      add_vocabulary(m);
+      const float nan = std::numeric_limits<float>::quiet_NaN();
+      std::memcpy(m.tensor(tensor).data.data(), &nan, sizeof(nan));
+    });
+    std::vector<std::string> arguments = line(output_);
+    arguments[1] = damaged.path.string();
+    arguments.emplace_back("-q");
+    expect_one_line_error(run_program(arguments), 1, damaged.path.filename().string());
+    EXPECT_FALSE(std::filesystem::exists(output_)) << tensor;
+  }
+}
+
+// Shares of the whole job never go back and end at one.
+TEST_F(Convert, JobSharesRiseToOne) {
+  struct Recorder : engine::Monitor {
+    void job(double from, double to) override {
+      EXPECT_GE(from, last - 1e-9);
+      EXPECT_GE(to, from);
+      last = to;
+    }
+    double last = 0;
+  } recorder;
+  ThreadPool pool(2);
+  Workspace workspace;
+  Tally tally;
+  Context ctx{pool, workspace, tally, Activations::F32};
+  converter::ConvertOptions options;
+  options.model = model_.path;
+  options.output = output_;
+  options.data = text_;
+  options.active = 0.6;
+  options.tokens = 4096;
+  converter::convert(options, ctx, recorder);
+  EXPECT_NEAR(recorder.last, 1, 1e-9);
+}
+
+struct Cut {
+  const char* name;
+  TinyOptions model;
+  bool self;         // calibrates on its own text
+  const char* when;  // what the program says when the signal comes
+  int signal;
+};
+
+class ConvertCut : public testing::TestWithParam<Cut> {};
+
+TEST_P(ConvertCut, ThenResumedGivesTheSameFile) {
+  const TinyModel model(GetParam().model, [](TinyModel& m) { add_vocabulary(m); });
+  const TemporaryFolder folder;
+  const std::string text = GetParam().self ? "self" : folder.write("text.txt", words(30000));
+  const auto line = [&](const std::string& output) {
+    return std::vector<std::string>{"convert",  model.path, "-o",       output, "--data", text,
+                                    "--tokens", "4096",     "--active", "0.6",  "-t",     "2"};
+  };
+  const std::string whole = (folder.path() / "whole.gguf").string();
+  const std::string second = (folder.path() / "second.gguf").string();
+  const ProgramRun uncut = run_program(line(whole));
+  ASSERT_EQ(uncut.status, 0) << uncut.err;
+  const ProgramRun cut = run_program_and_signal(line(second), GetParam().when, GetParam().signal);
+  if (cut.status == 0) GTEST_SKIP() << "the conversion was over before the signal came";
   EXPECT_FALSE(std::filesystem::exists(second));
+  if (GetParam().signal == SIGKILL) {
+    EXPECT_EQ(cut.status, 128 + SIGKILL);
+  } else {
+    EXPECT_EQ(cut.status, 1);
+    EXPECT_NE(cut.err.find("moesaic: error: interrupted"), std::string::npos) << cut.err;
+  }
   std::vector<std::string> again = line(second);
   again.emplace_back("--resume");
   const ProgramRun resumed = run_program(again);
@@ -73,8 +157,27 @@ TEST_F(Convert, InterruptedThenResumedGivesTheSameFile) {
     std::ifstream file(path, std::ios::binary);
     return std::string(std::istreambuf_iterator<char>(file), {});
   };
-  EXPECT_EQ(bytes(second), bytes(output_));
+  EXPECT_EQ(bytes(second), bytes(whole));
+  const ProgramRun said = run_program({"generate", second, "-p", "the", "-n", "4", "-q"});
+  EXPECT_EQ(said.status, 0) << said.err;
 }
+
+INSTANTIATE_TEST_SUITE_P(
+    Cases, ConvertCut,
+    testing::Values(Cut{"LlamaAfterThePlan", {.n_layers = 3}, false, "plan: ", SIGTERM},
+                    Cut{"LlamaAfterALayer", {.n_layers = 3}, false, "layer  0: ", SIGTERM},
+                    Cut{"LlamaQuantisedKilled",
+                        {.n_layers = 3, .dtype = DType::Q4_1},
+                        false,
+                        "layer  1: ",
+                        SIGKILL},
+                    Cut{"LlamaOnItsOwnText", {.n_layers = 3}, true, "layer  0: ", SIGINT},
+                    Cut{"Gemma",
+                        {.architecture = "gemma3", .n_layers = 3, .window = 16},
+                        false,
+                        "layer  0: ",
+                        SIGKILL}),
+    [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
 }  // namespace moesaic::tools

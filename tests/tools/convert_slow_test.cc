@@ -1,0 +1,63 @@
+// convert, compare and generate on real checkpoints, with few tokens.
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <fstream>
+
+#include "tests/tools/program.h"
+
+namespace moesaic::tools {
+namespace {
+
+namespace fs = std::filesystem;
+
+fs::path cache_folder() {
+  if (const char* path = std::getenv("MOESAIC_CACHE")) return path;
+  const char* home = std::getenv("HOME");
+  return fs::path(home == nullptr ? "." : home) / ".cache" / "moesaic";
+}
+
+class ConvertReal : public testing::TestWithParam<const char*> {};
+
+TEST_P(ConvertReal, ConvertsComparesGenerates) {
+  const fs::path model = cache_folder() / GetParam();
+  if (!fs::exists(model)) GTEST_SKIP() << model.string() << " is not there";
+  const TemporaryFolder folder;
+  const std::string hybrid = (folder.path() / "hybrid.gguf").string();
+  const ProgramRun converted = run_program({"convert", model, "-o", hybrid, "--data", "self",
+                                            "--tokens", "6144", "--active", "0.7", "-q"});
+  ASSERT_EQ(converted.status, 0) << converted.err;
+  const auto report = nlohmann::json::parse(std::ifstream(hybrid + ".report.json"));
+  EXPECT_LE(report["active_fraction"].get<double>(), 0.7);
+  EXPECT_LT(report["peak_memory_bytes"].get<std::int64_t>(), std::int64_t{4} << 30);
+
+  const std::string prose = std::string(MOESAIC_SOURCE_DIR) + "/README.md";
+  const ProgramRun compared = run_program(
+      {"compare", model, hybrid, "--data", prose, "--chunks", "2", "-r", "1", "-o", "json", "-q"});
+  ASSERT_EQ(compared.status, 0) << compared.err;
+  const nlohmann::json table = compared.json();
+  const double ratio = table["hybrid"]["perplexity"].get<double>() /
+                       table["dense"]["perplexity"].get<double>();
+  RecordProperty("perplexity_ratio", std::to_string(ratio));
+  EXPECT_LT(ratio, 2);
+  EXPECT_GT(table["kl_mean"].get<double>(), 0);
+  EXPECT_GT(table["top1_agreement"].get<double>(), 0.5);
+  EXPECT_LT(table["hybrid"]["bytes_per_token"].get<double>(),
+            table["dense"]["bytes_per_token"].get<double>());
+
+  const ProgramRun said = run_program(
+      {"generate", hybrid, "-p", "The capital of France is", "-n", "8", "--temp", "0", "-q"});
+  EXPECT_EQ(said.status, 0) << said.err;
+  EXPECT_GT(said.out.size(), 8U);
+}
+
+INSTANTIATE_TEST_SUITE_P(Checkpoints, ConvertReal,
+                         testing::Values("SmolLM2-135M-Instruct.Q4_1.gguf",
+                                         "gemma-3-270m-Q4_K_M.gguf"),
+                         [](const auto& info) {
+                           return std::string(info.param).starts_with("Smol") ? "SmolLM2" : "Gemma";
+                         });
+
+}  // namespace
+}  // namespace moesaic::tools
