@@ -159,8 +159,8 @@ void plan_from_json(const std::string& text, const std::string& file, int n_laye
                        "{}: plans {} layers, expected {}", file, plans.size(), n_layers);
 }
 
-// What a whole conversion costs, for its ETA: seconds in proportion, from the work per token of each
-// part (measured on SmolLM2-135M, two Zen 4 cores).
+// What a whole conversion costs, for its ETA: seconds in proportion, from the work per token of
+// each part (measured on SmolLM2-135M, two Zen 4 cores).
 class Schedule {
  public:
   Schedule(engine::Monitor& monitor, double total) : monitor_(monitor), total_(total) {}
@@ -260,9 +260,9 @@ class Conversion {
     const LayerSample held_out = sample.held_out();
 
     stage("closed form", 1, costs.closed_form);
-    const Neurons teacher =
-        unpack(mlp, fmt::format("{}: blk.{}",
-                                model_.checkpoint().file->path().filename().string(), layer));
+    const Neurons teacher = unpack(
+        mlp,
+        fmt::format("{}: blk.{}", model_.checkpoint().file->path().filename().string(), layer));
     Student student = start_from_neurons(ctx_, teacher, sample, plan, recipe.router_ridge);
     // From here on the selection is the runtime's: it will have the router in its file format.
     const DMatrix metric = input_factor(ctx_, sample);
@@ -300,7 +300,8 @@ class Conversion {
     return packed;
   }
 
-  // After fit(): moves the hybrid's stream over the converted layer, counting how often each expert runs.
+  // After fit(): moves the hybrid's stream over the converted layer, counting how often each expert
+  // runs.
   void finish(int layer, const kernels::SecretMoeView& view, std::vector<float>& usage) {
     run_converted(layer, view, &usage);
   }
@@ -368,9 +369,9 @@ std::int64_t estimate_memory(const Job& job, const models::Checkpoint& checkpoin
   const std::int64_t tile = 4 * 2048 * (8 * n + 6 * d);
   const std::int64_t equations = (4 + 8 + 8) * f * f;
   const std::int64_t adam = 4 * 3 * n * d * 5;
-  const std::int64_t sampling =
-      job.options.data == "self" ? sampling_bytes(checkpoint.config.shape(), n_ctx, job.n_tokens)
-                                 : 0;
+  const std::int64_t sampling = job.options.data == "self"
+                                    ? sampling_bytes(checkpoint.config.shape(), n_ctx, job.n_tokens)
+                                    : 0;
   return std::max(streams + tile + equations + adam, sampling) + checkpoint.file->file_bytes() +
          (std::int64_t{200} << 20);
 }

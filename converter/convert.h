@@ -35,8 +35,8 @@ struct LayerReport {
   double active_fraction = 1;
   // Mean KL divergence from the dense model's next tokens, nats, with this layer alone converted.
   double sensitivity = 0;
-  // ω-weighted error over ω-weighted variance of what the layer is asked to add (the MLP's output and
-  // the drift of earlier layers), packed, on held-out tokens.
+  // ω-weighted error over ω-weighted variance of what the layer is asked to add (the MLP's output
+  // and the drift of earlier layers), packed, on held-out tokens.
   double error_closed_form = 0;
   // The same of what was kept: the distilled layer where it came out better, else the closed form.
   double error_distilled = 0;

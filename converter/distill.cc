@@ -66,7 +66,8 @@ std::vector<float> expert_norms(const Student& s) {
   return norm;
 }
 
-// Σ ω‖v − v̄‖² / Σ ω of the rows of v.
+// Σ ω‖v − v̄‖² / Σ ω of the rows of v; of rows that are all alike a millionth of their mean square,
+// since it is divided by.
 double weighted_variance(ConstMatrix v, std::span<const float> weight) {
   std::vector<double> sum(static_cast<std::size_t>(v.cols));
   double square = 0;
@@ -82,7 +83,7 @@ double weighted_variance(ConstMatrix v, std::span<const float> weight) {
   }
   double mean_square = 0;
   for (const double x : sum) mean_square += x * x / total;
-  return std::max(1e-30, (square - mean_square) / total);
+  return std::max({1e-30, 1e-6 * square / total, (square - mean_square) / total});
 }
 
 // One tensor under Adam.

@@ -186,8 +186,14 @@ Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSamp
   AlignedBuffer<float> xc(ud * ue);
   std::vector<double> x_mean(ud);
   std::vector<double> c_mean(ue);
-  double total = 0;
-  for_tiles(ctx, std::min(kRouterRows, s.n_fit), [&](std::int64_t first, std::int64_t rows) {
+  const std::int64_t n_rows = std::min(kRouterRows, s.n_fit);
+  const double total = std::accumulate(s.weight.begin(), s.weight.begin() + n_rows, 0.0);
+  const auto same = [](float v, std::int64_t) { return static_cast<double>(v); };
+  add_columns(ctx, s.x.slice(0, n_rows), s.weight.data(), x_mean, same);
+  for (double& m : x_mean) m /= total;
+  // Centred before they are multiplied: an input whose mean is large would else leave a difference
+  // of large numbers, rounded, that is no covariance.
+  for_tiles(ctx, n_rows, [&](std::int64_t first, std::int64_t rows) {
     Matrix h = take(ctx, rows, teacher.n);
     Matrix c = take(ctx, rows, n_experts);
     Matrix xw = take(ctx, rows, d);
@@ -201,28 +207,26 @@ Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSamp
       for (std::int64_t i = 0; i < n_experts; ++i) {
         c.row(t)[i] = root * std::abs(row[i] - mean[i]) * norm[static_cast<std::size_t>(i)];
       }
-      for (std::int64_t i = 0; i < d; ++i) xw.row(t)[i] = root * x.row(t)[i];
+      for (std::int64_t i = 0; i < d; ++i) {
+        xw.row(t)[i] =
+            root * (x.row(t)[i] - static_cast<float>(x_mean[static_cast<std::size_t>(i)]));
+      }
     });
     kernels::gemm(ctx, true, false, 1, xw, xw, 1, {xx.data(), d, d});
     kernels::gemm(ctx, true, false, 1, xw, c, 1, {xc.data(), d, n_experts});
-    // √ω was multiplied in once already: the sums of ω x and ω c need it once more.
+    // √ω was multiplied in once already: the sums of ω c need it once more.
     auto root = take(ctx, rows);
     std::transform(w, w + rows, root.begin(), [](float v) { return std::sqrt(v); });
-    const auto same = [](float v, std::int64_t) { return static_cast<double>(v); };
-    add_columns(ctx, xw, root.data(), x_mean, same);
     add_columns(ctx, c, root.data(), c_mean, same);
-    total = std::accumulate(w, w + rows, total);
   });
   DMatrix dxx = to_double({xx.data(), d, d});
   DMatrix dxc = to_double({xc.data(), d, n_experts});
-  for (std::size_t i = 0; i < ud; ++i) x_mean[i] /= total;
+  // Inputs are known to float32's precision: where they do not vary beyond it, there is nothing to
+  // regress on.
+  const double floor =
+      1e-6 * total * std::inner_product(x_mean.begin(), x_mean.end(), x_mean.begin(), 0.0);
+  for (std::int64_t i = 0; i < d; ++i) dxx.at(i, i) += floor / static_cast<double>(d);
   for (std::size_t j = 0; j < ue; ++j) c_mean[j] /= total;
-  for (std::int64_t i = 0; i < d; ++i) {
-    const double mi = x_mean[static_cast<std::size_t>(i)] * total;
-    for (std::int64_t j = 0; j < d; ++j) dxx.at(i, j) -= mi * x_mean[static_cast<std::size_t>(j)];
-    for (std::int64_t j = 0; j < n_experts; ++j)
-      dxc.at(i, j) -= mi * c_mean[static_cast<std::size_t>(j)];
-  }
   const LowRank router =
       reduced_rank_regression(std::move(dxx), std::move(dxc), plan.router_rank, ridge);
   out.router_v = to_float(router.v);
@@ -327,6 +331,10 @@ void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double by
   const std::int64_t q = student.plan.bypass_rank;
   DMatrix rest = c_a;  // right-hand side for φ once the bypass is known
   if (q > 0) {
+    // What φ explains is taken off sums that float32 has rounded: a floor keeps the rest positive.
+    double energy = 0;
+    for (std::int64_t i = 0; i < d; ++i) energy += g_bb.at(i, i) / static_cast<double>(d);
+    for (std::int64_t i = 0; i < d; ++i) g_bb.at(i, i) += 1e-5 * energy;
     const DMatrix s_xx = multiply(m_x, true, m_x, false);
     const DMatrix s_xy = multiply(m_x, true, m_y, false);
     for (std::size_t i = 0; i < g_bb.data.size(); ++i) g_bb.data[i] -= s_xx.data[i];

@@ -37,8 +37,9 @@ Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSamp
 void fit_outputs(Context& ctx, Student& student, const LayerSample& sample, double bypass_ridge,
                  double ridge, DType down_dtype);
 
-/// Lower Cholesky factor of Σ ω x xᵀ over (the first 65,536 of) the fitted rows, with a hundredth of the mean diagonal
-/// added: the metric that gate and up rows are rounded in.   [d_model, d_model]
+/// Lower Cholesky factor of Σ ω x xᵀ over (the first 65,536 of) the fitted rows, with a hundredth
+/// of the mean diagonal added: the metric that gate and up rows are rounded in.   [d_model,
+/// d_model]
 DMatrix input_factor(Context& ctx, const LayerSample& sample);
 
 /// Output of the student on rows of x: float32 weights, masked dense products.   x, y [m, d_model].

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "kernels/base/error.h"
 
@@ -32,19 +33,32 @@ DMatrix DMatrix::block(std::int64_t r, std::int64_t c, std::int64_t n_r, std::in
   return out;
 }
 
+namespace {
+
 // LAPACK is column-major: a row-major symmetric matrix is its own transpose, so "upper" there is
 // our lower triangle, and a row-major [n, m] block of right-hand sides goes through LAPACKE's
 // transposing interface.
-DMatrix cholesky(DMatrix a) {
+std::optional<DMatrix> try_cholesky(DMatrix a, int* minor = nullptr) {
   keep_blas_to_this_thread();
   const auto n = static_cast<lapack_int>(a.rows);
   const lapack_int info = LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'U', n, a.data.data(), n);
-  require<Error>(info == 0, "cholesky: matrix of order {} is not positive definite (minor {})", n,
-                 static_cast<int>(info));
+  if (minor != nullptr) *minor = static_cast<int>(info);
+  if (info != 0) return std::nullopt;
   for (std::int64_t i = 0; i < a.rows; ++i) {
     for (std::int64_t j = i + 1; j < a.cols; ++j) a.at(i, j) = 0;
   }
   return a;
+}
+
+}  // namespace
+
+DMatrix cholesky(DMatrix a) {
+  const std::int64_t n = a.rows;
+  int minor = 0;
+  std::optional<DMatrix> l = try_cholesky(std::move(a), &minor);
+  require<Error>(l.has_value(), "cholesky: matrix of order {} is not positive definite (minor {})",
+                 n, minor);
+  return *std::move(l);
 }
 
 void solve_triangular(const DMatrix& l, bool transposed, DMatrix& b) {
@@ -105,13 +119,26 @@ DMatrix top_eigenvectors(DMatrix a, std::int64_t n_top) {
   return out;
 }
 
+namespace {
+
+// Cholesky factor of A + ridge · unit · I, the ridge raised tenfold as often as it takes: moments
+// of few distinct inputs, summed in float32, may have eigenvalues a little below zero.
+DMatrix cholesky_with_ridge(const DMatrix& a, double ridge, double unit) {
+  for (;; ridge = std::max(1e-6, 10 * ridge)) {
+    DMatrix sum = a;
+    for (std::int64_t i = 0; i < a.rows; ++i) sum.at(i, i) += ridge * unit + 1e-30;
+    if (ridge > 1e6) return cholesky(std::move(sum));  // throws: NaN, or no moments at all
+    if (auto l = try_cholesky(std::move(sum))) return *std::move(l);
+  }
+}
+
+}  // namespace
+
 LowRank reduced_rank_regression(DMatrix xx, DMatrix xt, std::int64_t rank, double ridge) {
   const std::int64_t d = xx.rows;
   double trace = 0;
-  for (std::int64_t i = 0; i < d; ++i) trace += xx.at(i, i);
-  for (std::int64_t i = 0; i < d; ++i)
-    xx.at(i, i) += ridge * trace / static_cast<double>(d) + 1e-30;
-  const DMatrix l = cholesky(std::move(xx));
+  for (std::int64_t i = 0; i < d; ++i) trace += std::abs(xx.at(i, i));
+  const DMatrix l = cholesky_with_ridge(xx, ridge, trace / static_cast<double>(d));
   solve_triangular(l, false, xt);                                           // M = L⁻¹ xt
   const DMatrix e = top_eigenvectors(multiply(xt, false, xt, true), rank);  // [r, d]
   LowRank out;

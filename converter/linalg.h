@@ -52,7 +52,8 @@ DMatrix top_eigenvectors(DMatrix a, std::int64_t n_top);
 ///   min over rank-r B:  tr[(T − X B)ᵀ Ω (T − X B)] + ridge-scaled ‖B‖²
 /// xx = XᵀΩX [d, d], xt = XᵀΩT [d, m]. Cholesky xx = L Lᵀ, M = L⁻¹ xt, E = top-r eigenvectors of M
 /// Mᵀ: V = E L⁻¹ [r, d], U = Mᵀ Eᵀ [m, r], T ≈ X Vᵀ Uᵀ. The ridge adds `ridge` times the mean
-/// diagonal to xx. Source: reduced-rank regression (Izenman 1975).
+/// diagonal to xx; it is raised where that leaves xx indefinite. Source: reduced-rank regression
+/// (Izenman 1975).
 struct LowRank {
   DMatrix v;  // [r, d]
   DMatrix u;  // [m, r]

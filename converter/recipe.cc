@@ -39,11 +39,8 @@ constexpr std::array<Recipe, 1> kRecipes = {{
      .output_ridge = 0.1,
      .correction = 1,
      .least_fraction = 0.36,
-     .distill = {.passes = 2,
-                 .batch = 512,
-                 .learning_rate = 2e-2,
-                 .router_rate = 2e-2,
-                 .auxiliary = 0.3}},
+     .distill =
+         {.passes = 2, .batch = 512, .learning_rate = 2e-2, .router_rate = 2e-2, .auxiliary = 0.3}},
 }};
 
 }  // namespace

@@ -18,7 +18,7 @@ struct Recipe {
   std::int64_t bypass_rank = 0;
   double router_ridge = 0;  // of the regressions behind router and bypass
   double output_ridge = 0;  // of the down rows, towards where they stand
-  double correction = 0;    // share of the drift of earlier layers that a layer is asked to take back
+  double correction = 0;  // share of the drift of earlier layers that a layer is asked to take back
   double least_fraction = 0;  // no converted layer gets less
   DistillOptions distill;
 };

@@ -259,14 +259,15 @@ std::string report_html(const ConvertOptions& options, const ConvertReport& repo
       "the multiply-adds that they cost before, router and bypass counted.</p>\n</header>\n",
       name, kStyle, name, t.converted, report.layers.size(), percent(report.active_fraction));
   out += cards(options, report, t);
-  out +=
-      section("Output error, before and after distillation",
-              "How much of the variance of what each layer is asked to add (the dense MLP's output, "
-              "and what earlier layers still owe to the residual stream) it leaves unexplained on "
-              "tokens it was not fitted on. Earlier layers' errors cannot be foreseen from a "
-              "layer's input, so later layers show more. Rings: the closed-form start from the teacher's own "
-              "neurons. Dots: after distilling the layer.",
-              figure_error(report));
+  out += section(
+      "Output error, before and after distillation",
+      "How much of the variance of what each layer is asked to add (the dense MLP's output, "
+      "and what earlier layers still owe to the residual stream) it leaves unexplained on "
+      "tokens it was not fitted on. Earlier layers' errors cannot be foreseen from a "
+      "layer's input, so later layers show more. Rings: the closed-form start from the teacher's "
+      "own "
+      "neurons. Dots: after distilling the layer.",
+      figure_error(report));
   out +=
       section("Where the budget goes",
               "Multiply-adds per token by part, as a share of the dense MLP. Layers that hurt the "

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "converter/fit.h"
@@ -47,8 +48,12 @@ double mean_kl(models::Transformer& model, ConstMatrix dense, ConstMatrix other)
         const auto size = static_cast<std::size_t>(vocab);
         const std::span<const float> from(p.row(i), size);
         const std::span<const float> to(q.row(i), size);
+        const double z_from = engine::log_sum_exp(from);
+        const double z_to = engine::log_sum_exp(to);
         kl[static_cast<std::size_t>(first + i)] =
-            engine::kl_divergence(from, engine::log_sum_exp(from), to, engine::log_sum_exp(to));
+            std::isfinite(z_from) && std::isfinite(z_to)
+                ? engine::kl_divergence(from, z_from, to, z_to)
+                : std::numeric_limits<double>::quiet_NaN();
       }
     });
   }
@@ -139,7 +144,8 @@ std::vector<double> measure_sensitivity(models::Transformer& model,
     forward_rows(ctx, mlp, mx, my);
     const std::vector<float> weight = token_weights(model, l, fit.r(), my);
     LayerSample sample{mx, my, weight, fit.n_tokens()};
-    const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp), fmt::format("{}: blk.{}", checkpoint.file->path().string(), l));
+    const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp),
+                                   fmt::format("{}: blk.{}", checkpoint.file->path().string(), l));
     judge.attention(l);
     judge.mlp_input(l, mxj);
     Student student = start_from_neurons(ctx, teacher, sample, plan, recipe.router_ridge);

@@ -62,8 +62,8 @@ struct Student {
 /// Packs a student into file formats. Rows are rounded to the formats' grids.
 models::PackedSecretMoe pack(const Student& student, DType expert_dtype, DType router_dtype);
 
-/// Replaces by what the file formats will hold: gate and up rows (jointly, rounding.h, in the metric
-/// of `input_factor`, fit.h), router and Q. Not down, P and biases, which are fitted after.
+/// Replaces by what the file formats will hold: gate and up rows (jointly, rounding.h, in the
+/// metric of `input_factor`, fit.h), router and Q. Not down, P and biases, which are fitted after.
 void round_inputs_to(Context& ctx, Student& student, const DMatrix& input_factor,
                      DType expert_dtype, DType router_dtype);
 

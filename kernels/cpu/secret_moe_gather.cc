@@ -119,10 +119,12 @@ void secret_moe_gather(Context& ctx, const SecretMoeView& layer, ConstMatrix x, 
         keys.subspan(static_cast<std::size_t>(thread) * size(n_experts), size(n_experts));
     const auto own_ids = ids.subspan(static_cast<std::size_t>(thread) * size(k), size(k));
     float* own_sum = sums.data() + static_cast<std::size_t>(thread) * size(d_model);
-    // Shared neurons and selected experts are one row of work, cut evenly.
-    const Range part = split(n_shared + k, n_threads, thread);
-    const std::int64_t border = std::clamp(n_shared, part.begin, part.end);
-    const Neurons shared{.rows = layer.shared, .first = part.begin, .count = border - part.begin};
+    // Both kinds are cut evenly: shared neurons stream, selected ones are scattered and take
+    // longer.
+    const Range own_shared = split(n_shared, n_threads, thread);
+    const Range own_routed = split(k, n_threads, n_threads - 1 - thread);
+    const Neurons shared{
+        .rows = layer.shared, .first = own_shared.begin, .count = own_shared.size()};
     for (std::int64_t t = 0; t < x.rows; ++t) {
       const ConstMatrix x_t = x.slice(t, 1);
       add_neurons_soon(shared);
@@ -158,8 +160,8 @@ void secret_moe_gather(Context& ctx, const SecretMoeView& layer, ConstMatrix x, 
 
       std::fill_n(own_sum, d_model, 0.0f);
       const Neurons routed{.rows = layer.experts,
-                           .ids = own_ids.data() + std::max<std::int64_t>(border - n_shared, 0),
-                           .count = part.end - border,
+                           .ids = own_ids.data() + own_routed.begin,
+                           .count = own_routed.size(),
                            .mean = layer.expert_mean.data()};
       add_neurons_soon(routed);
       add_neurons(ctx, shared, layer.phi, x_t.data, own_sum);

@@ -46,8 +46,8 @@ struct Case {
       for (std::int64_t c = 0; c < w.cols; ++c)
         delta.at(r, c) = static_cast<double>(w.row(r)[c]) - q.row(r)[c];
     }
-    const DMatrix h = by_rows ? multiply(delta, false, moments, false)
-                              : multiply(moments, false, delta, false);
+    const DMatrix h =
+        by_rows ? multiply(delta, false, moments, false) : multiply(moments, false, delta, false);
     double sum = 0;
     for (std::size_t i = 0; i < h.data.size(); ++i) sum += h.data[i] * delta.data[i];
     return sum;
@@ -145,8 +145,7 @@ TEST(Rounding, BlockBeforeARoundedOneByDirectSolution) {
   }
   solve_cholesky(cholesky(c.moments.block(0, 0, 32, 32)), shift);
   std::vector<float> first(32);
-  for (std::size_t i = 0; i < 32; ++i)
-    first[i] = static_cast<float>(before[i] + shift.data[i]);
+  for (std::size_t i = 0; i < 32; ++i) first[i] = static_cast<float>(before[i] + shift.data[i]);
   round_plainly(DType::Q4_1, {first.data(), 1, 32});
   for (std::size_t i = 0; i < 32; ++i) {
     EXPECT_EQ(w[32 + i], last[i]) << i;

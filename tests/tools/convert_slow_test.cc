@@ -37,8 +37,8 @@ TEST_P(ConvertReal, ConvertsComparesGenerates) {
       {"compare", model, hybrid, "--data", prose, "--chunks", "2", "-r", "1", "-o", "json", "-q"});
   ASSERT_EQ(compared.status, 0) << compared.err;
   const nlohmann::json table = compared.json();
-  const double ratio = table["hybrid"]["perplexity"].get<double>() /
-                       table["dense"]["perplexity"].get<double>();
+  const double ratio =
+      table["hybrid"]["perplexity"].get<double>() / table["dense"]["perplexity"].get<double>();
   RecordProperty("perplexity_ratio", std::to_string(ratio));
   EXPECT_LT(ratio, 2);
   EXPECT_GT(table["kl_mean"].get<double>(), 0);
