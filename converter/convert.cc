@@ -195,7 +195,7 @@ struct LayerCosts {
   double pass() const { return calibrate + finish; }  // converted before, or dense
 };
 constexpr double kSensitivityCost = 8;  // per token of its sample and layer
-constexpr double kSampleCost = 40;      // per token that the model draws
+constexpr double kSampleCost = 57;      // per token that the model draws
 
 // The two residual streams of a conversion: of the dense model, and of the hybrid as far as it
 // exists.
@@ -470,9 +470,10 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   const auto n_kept = static_cast<double>(saved.size());
   const auto n_tokens = static_cast<double>(job.n_tokens);
   const LayerCosts costs(recipe);
-  const auto sensitivity_tokens = static_cast<double>(recipe.sensitivity_tokens);
+  const std::int64_t n_sensitivity = std::min(recipe.sensitivity_tokens, job.n_tokens / 3);
   const double sample_cost = sample ? kSampleCost * n_tokens : 0;
-  const double sensitivity_cost = kept_plan ? 0 : kSensitivityCost * n_layers * sensitivity_tokens;
+  const double sensitivity_cost =
+      kept_plan ? 0 : kSensitivityCost * n_layers * static_cast<double>(n_sensitivity);
   Schedule schedule(monitor, sample_cost + sensitivity_cost + n_kept * n_tokens * costs.pass() +
                                  (n_layers - n_kept) * n_tokens * costs.all());
 
@@ -495,8 +496,8 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   if (kept_plan) {
     plan_from_json(*kept_plan, (state.path() / "plan.json").string(), n_layers, plans, sensitivity);
   } else {
-    const std::int64_t windows = std::clamp<std::int64_t>(
-        recipe.sensitivity_tokens / calibration.n_ctx, 2, calibration.n_windows());
+    const std::int64_t windows =
+        std::clamp<std::int64_t>(n_sensitivity / calibration.n_ctx, 2, calibration.n_windows());
     schedule.next(sensitivity_cost);
     monitor.stage("measure the layers' sensitivity", n_layers);
     sensitivity = measure_sensitivity(

@@ -11,9 +11,10 @@ namespace moesaic::converter {
 /// The settings behind a recipe's name. How each was chosen stands beside it in recipe.cc.
 struct Recipe {
   std::string_view name;
-  std::int64_t tokens = 0;              // calibration tokens by default
-  std::int64_t sensitivity_tokens = 0;  // of these, used to measure the layers' sensitivity
-  double shared_fraction = 0;           // n_shared over d_ff, rounded to a multiple of 32
+  std::int64_t tokens = 0;  // calibration tokens by default
+  std::int64_t sensitivity_tokens =
+      0;                       // of these, but a third at most: to measure the layers' sensitivity
+  double shared_fraction = 0;  // n_shared over d_ff, rounded to a multiple of 32
   std::int64_t router_rank = 0;
   std::int64_t bypass_rank = 0;
   double router_ridge = 0;  // of the regressions behind router and bypass
