@@ -12,8 +12,8 @@ namespace moesaic::converter {
 struct Recipe {
   std::string_view name;
   std::int64_t tokens = 0;  // calibration tokens by default
-  std::int64_t sensitivity_tokens =
-      0;                       // of these, but a third at most: to measure the layers' sensitivity
+  // Of these, but a third at most: to measure the layers' sensitivity.
+  std::int64_t sensitivity_tokens = 0;
   double shared_fraction = 0;  // n_shared over d_ff, rounded to a multiple of 32
   std::int64_t router_rank = 0;
   std::int64_t bypass_rank = 0;
