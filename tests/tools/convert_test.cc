@@ -9,6 +9,7 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <ostream>
 
 #include "tests/tools/program.h"
 
@@ -94,6 +95,9 @@ TEST_F(Convert, NanInTheCheckpoint) {
     expect_one_line_error(run_program(arguments), 1, damaged.path.filename().string());
     EXPECT_FALSE(std::filesystem::exists(output_)) << tensor;
     std::filesystem::remove_all(output_ + ".state");
+    expect_one_line_error(run_program({"eval", damaged.path.string(), "--data", text_, "--n-ctx",
+                                       "64", "--chunks", "2", "-q"}),
+                          1, "NaN");
   }
 }
 
@@ -128,6 +132,8 @@ struct Cut {
   const char* when;  // what the program says when the signal comes
   int signal;
 };
+
+void PrintTo(const Cut& cut, std::ostream* out) { *out << cut.name; }
 
 class ConvertCut : public testing::TestWithParam<Cut> {};
 
