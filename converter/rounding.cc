@@ -30,6 +30,13 @@ void check(Matrix w, std::int64_t n, const DMatrix& l, DType dtype) {
 
 }  // namespace
 
+void round_rows(Matrix w, DType dtype) {
+  std::vector<std::byte> packed(static_cast<std::size_t>(row_bytes(dtype, w.cols)));
+  for (std::int64_t r = 0; r < w.rows; ++r) {
+    round_span(dtype, {w.row(r), static_cast<std::size_t>(w.cols)}, packed);
+  }
+}
+
 void round_inputs(Context& ctx, Matrix w, const DMatrix& l, DType dtype) {
   const std::int64_t n = w.cols;
   check(w, n, l, dtype);

@@ -17,6 +17,9 @@ namespace moesaic::converter {
 // factor of H, of order n or more (the leading n rows are used). Weights that lie on the grid
 // already, all of them, stay as they are.
 
+/// Rounds each row for itself, without making up for anything.   w [n, m]
+void round_rows(Matrix w, DType dtype);
+
 /// Rounds the columns' coordinates: y = W x, x of moments H.   w [m, n]; whole blocks of columns at
 /// a time, since they share a scale.
 void round_inputs(Context& ctx, Matrix w, const DMatrix& l, DType dtype);

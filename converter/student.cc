@@ -45,15 +45,6 @@ AlignedBuffer<float> copy(std::span<const float> src) {
   return out;
 }
 
-void round_rows(Matrix m, DType dtype) {
-  std::vector<std::byte> packed(static_cast<std::size_t>(row_bytes(dtype, m.cols)));
-  for (std::int64_t r = 0; r < m.rows; ++r) {
-    const std::span<float> row(m.row(r), static_cast<std::size_t>(m.cols));
-    kernels::quantize_row(dtype, row, packed.data());
-    kernels::dequantize_row(dtype, packed.data(), row);
-  }
-}
-
 AlignedBuffer<float> unpack_matrix(const WeightView& w, std::string_view name,
                                    std::string_view part) {
   AlignedBuffer<float> out(static_cast<std::size_t>(w.rows * w.cols));

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "kernels/quant.h"
+#include "converter/rounding.h"
 #include "tests/converter/layer_case.h"
 
 namespace moesaic::converter {
@@ -106,17 +106,10 @@ TEST(FitOutputs, DownRowsEndOnTheGrid) {
   fit_outputs(c.ctx, jointly, c.sample, 1e-6, 1e-3, DType::Q4_1);
   Student plainly = start_from_neurons(c.ctx, c.teacher, c.sample, plan, 1e-4);
   fit_outputs(c.ctx, plainly, c.sample, 1e-6, 1e-3, DType::F32);
-  const auto round = [](AlignedBuffer<float>& rows) {
-    std::vector<std::byte> packed(row_bytes(DType::Q4_1, 32));
-    for (std::size_t i = 0; i < rows.size(); i += 32) {
-      kernels::quantize_row(DType::Q4_1, {rows.data() + i, 32}, packed.data());
-      kernels::dequantize_row(DType::Q4_1, packed.data(), {rows.data() + i, 32});
-    }
-  };
   const std::vector<float> once(jointly.neurons.w_down.begin(), jointly.neurons.w_down.end());
-  round(jointly.neurons.w_down);
+  round_rows({jointly.neurons.w_down.data(), 64, 32}, DType::Q4_1);
   EXPECT_EQ(std::vector<float>(jointly.neurons.w_down.begin(), jointly.neurons.w_down.end()), once);
-  round(plainly.neurons.w_down);
+  round_rows({plainly.neurons.w_down.data(), 64, 32}, DType::Q4_1);
   EXPECT_LT(error_of(c, jointly, c.sample), error_of(c, plainly, c.sample));
 }
 

@@ -54,15 +54,6 @@ struct Case {
   }
 };
 
-void round_plainly(DType dtype, Matrix w) {
-  std::vector<std::byte> packed(static_cast<std::size_t>(row_bytes(dtype, w.cols)));
-  for (std::int64_t r = 0; r < w.rows; ++r) {
-    const std::span<float> row(w.row(r), static_cast<std::size_t>(w.cols));
-    kernels::quantize_row(dtype, row, packed.data());
-    kernels::dequantize_row(dtype, packed.data(), row);
-  }
-}
-
 class Rounding : public testing::TestWithParam<DType> {};
 
 TEST_P(Rounding, InputsLoseLessTogetherAndEndOnTheGrid) {
@@ -74,10 +65,10 @@ TEST_P(Rounding, InputsLoseLessTogetherAndEndOnTheGrid) {
   const Matrix mt(together.data(), 24, 96);
   const Matrix ma(alone.data(), 24, 96);
   round_inputs(c.ctx, mt, c.factor, GetParam());
-  round_plainly(GetParam(), ma);
+  round_rows(ma, GetParam());
   EXPECT_LT(c.loss(mw, mt, true), 0.8 * c.loss(mw, ma, true));
   const std::vector<float> once(together.begin(), together.end());
-  round_plainly(GetParam(), mt);
+  round_rows(mt, GetParam());
   EXPECT_EQ(std::vector<float>(together.begin(), together.end()), once);
   round_inputs(c.ctx, mt, c.factor, GetParam());
   EXPECT_EQ(std::vector<float>(together.begin(), together.end()), once);
@@ -92,10 +83,10 @@ TEST_P(Rounding, OutputsLoseLessTogetherAndEndOnTheGrid) {
   const Matrix mt(together.data(), 48, 64);
   const Matrix ma(alone.data(), 48, 64);
   round_outputs(c.ctx, mt, c.factor, GetParam());
-  round_plainly(GetParam(), ma);
+  round_rows(ma, GetParam());
   EXPECT_LT(c.loss(mw, mt, false), 0.8 * c.loss(mw, ma, false));
   const std::vector<float> once(together.begin(), together.end());
-  round_plainly(GetParam(), mt);
+  round_rows(mt, GetParam());
   EXPECT_EQ(std::vector<float>(together.begin(), together.end()), once);
   round_outputs(c.ctx, mt, c.factor, GetParam());
   EXPECT_EQ(std::vector<float>(together.begin(), together.end()), once);
@@ -135,7 +126,7 @@ TEST(Rounding, BlockBeforeARoundedOneByDirectSolution) {
   round_inputs(c.ctx, {w.data(), 1, 64}, c.factor, DType::Q4_1);
 
   std::vector<float> last(before.begin() + 32, before.end());
-  round_plainly(DType::Q4_1, {last.data(), 1, 32});
+  round_rows({last.data(), 1, 32}, DType::Q4_1);
   DMatrix shift(32, 1);
   for (std::int64_t i = 0; i < 32; ++i) {
     for (std::int64_t j = 0; j < 32; ++j) {
@@ -146,7 +137,7 @@ TEST(Rounding, BlockBeforeARoundedOneByDirectSolution) {
   solve_cholesky(cholesky(c.moments.block(0, 0, 32, 32)), shift);
   std::vector<float> first(32);
   for (std::size_t i = 0; i < 32; ++i) first[i] = static_cast<float>(before[i] + shift.data[i]);
-  round_plainly(DType::Q4_1, {first.data(), 1, 32});
+  round_rows({first.data(), 1, 32}, DType::Q4_1);
   for (std::size_t i = 0; i < 32; ++i) {
     EXPECT_EQ(w[32 + i], last[i]) << i;
     EXPECT_NEAR(w[i], first[i], 1e-5) << i;

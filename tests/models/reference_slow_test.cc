@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -15,22 +14,12 @@
 #include "models/evaluate.h"
 #include "models/tokenizer.h"
 #include "models/transformer.h"
+#include "tests/models/small_vocabulary.h"
 
 namespace moesaic::models {
 namespace {
 
 namespace fs = std::filesystem;
-
-fs::path cache_folder() {
-  if (const char* path = std::getenv("MOESAIC_CACHE")) return path;
-  const char* home = std::getenv("HOME");
-  return fs::path(home == nullptr ? "." : home) / ".cache" / "moesaic";
-}
-
-fs::path shared_folder() {
-  if (const char* path = std::getenv("MOESAIC_SHARED")) return path;
-  return fs::path(MOESAIC_SOURCE_DIR) / ".." / "shared";
-}
 
 nlohmann::json read_json(const fs::path& path) {
   std::ifstream in(path);
@@ -43,11 +32,11 @@ struct Model {
 };
 
 // The two checkpoints against what independent implementations computed (shared/reference).
-class ReferenceOf : public testing::TestWithParam<Model> {
+class ReferenceOf : public ::testing::TestWithParam<Model> {
  protected:
   void SetUp() override {
-    checkpoint_path_ = cache_folder() / GetParam().file;
-    reference_ = shared_folder() / "reference";
+    checkpoint_path_ = testing::checkpoint_path(GetParam().file);
+    reference_ = testing::shared_path("reference");
     for (const fs::path& path : {checkpoint_path_, reference_ / "perplexity.json"}) {
       if (!fs::exists(path)) GTEST_SKIP() << path.string() << " is not there";
     }
@@ -149,8 +138,8 @@ TEST_P(ReferenceOf, Perplexity40ChunksF32) { check_perplexity(Activations::F32, 
 TEST_P(ReferenceOf, Perplexity20ChunksBf16) { check_perplexity(Activations::BF16, 20); }
 
 INSTANTIATE_TEST_SUITE_P(Checkpoints, ReferenceOf,
-                         testing::Values(Model{"smollm2-135m", "SmolLM2-135M-Instruct.Q4_1.gguf"},
-                                         Model{"gemma-3-270m", "gemma-3-270m-Q4_K_M.gguf"}),
+                         ::testing::Values(Model{"smollm2-135m", "SmolLM2-135M-Instruct.Q4_1.gguf"},
+                                           Model{"gemma-3-270m", "gemma-3-270m-Q4_K_M.gguf"}),
                          [](const auto& instance) {
                            return instance.param.name.substr(0, instance.param.name.find('-'));
                          });

@@ -2,27 +2,19 @@
 
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <fstream>
 
+#include "tests/models/small_vocabulary.h"
 #include "tests/tools/program.h"
 
 namespace moesaic::tools {
 namespace {
 
-namespace fs = std::filesystem;
-
-fs::path cache_folder() {
-  if (const char* path = std::getenv("MOESAIC_CACHE")) return path;
-  const char* home = std::getenv("HOME");
-  return fs::path(home == nullptr ? "." : home) / ".cache" / "moesaic";
-}
-
 class ConvertReal : public testing::TestWithParam<const char*> {};
 
 TEST_P(ConvertReal, ConvertsComparesGenerates) {
-  const fs::path model = cache_folder() / GetParam();
-  if (!fs::exists(model)) GTEST_SKIP() << model.string() << " is not there";
+  const std::filesystem::path model = models::testing::checkpoint_path(GetParam());
+  if (!std::filesystem::exists(model)) GTEST_SKIP() << model.string() << " is not there";
   const TemporaryFolder folder;
   const std::string hybrid = (folder.path() / "hybrid.gguf").string();
   const ProgramRun converted = run_program({"convert", model, "-o", hybrid, "--data", "self",
