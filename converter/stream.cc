@@ -47,7 +47,7 @@ void Stream::mlp(int layer, const models::Mlp& mlp) {
     const Matrix x(ctx.workspace.take<float>(elements).data(), rows, d_model_);
     const Matrix y(ctx.workspace.take<float>(elements).data(), rows, d_model_);
     model_.mlp_input(layer, r().slice(first, rows), x);
-    models::mlp_forward(ctx, mlp, x, y);
+    models::mlp_forward(ctx, mlp, {.x = x}, y);
     model_.add_mlp_output(layer, y, r().slice(first, rows));
   }
 }
@@ -57,7 +57,7 @@ void Stream::add_mlp_output(int layer, Matrix y) { model_.add_mlp_output(layer, 
 void forward_rows(Context& ctx, const models::Mlp& mlp, ConstMatrix x, Matrix y) {
   for (std::int64_t first = 0; first < x.rows; first += kTile) {
     const std::int64_t rows = std::min(kTile, x.rows - first);
-    models::mlp_forward(ctx, mlp, x.slice(first, rows), y.slice(first, rows));
+    models::mlp_forward(ctx, mlp, {.x = x.slice(first, rows)}, y.slice(first, rows));
   }
 }
 

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <span>
+
+#include "kernels/activation.h"
 #include "kernels/base/context.h"
 #include "kernels/base/view.h"
 
@@ -10,9 +13,35 @@ namespace moesaic::kernels {
 /// registers; many tokens: tiles of W are unpacked once and multiplied by oneDNN. Row r of Y
 /// depends on the number of tokens only through float32 summation order. Deterministic for a given
 /// thread count. With Activations::BF16 in the context X is rounded to bfloat16 first, and W too
-/// where it goes through tiles. Counts W's bytes under `traffic`. Throws ShapeError.
+/// where it goes through tiles; with Activations::Q8 and panels of W (kernels/panels.h) X enters as
+/// described there and what one (row, token) pair gets depends on nothing else. Counts W's bytes
+/// under `traffic`. Throws ShapeError.
 void linear(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, Traffic traffic,
             bool accumulate = false);
+
+/// What several products share: X, or X normed row by row (rms_norm) where `norm` is not empty.
+struct LinearInput {
+  ConstMatrix x;                // [n_tokens, cols]
+  std::span<const float> norm = {};  // [cols] or empty
+  float eps = 0;
+};
+
+/// One of them: Y = f(X) Wᵀ, or Y += f(X) Wᵀ. W without rows: nothing.
+struct LinearOutput {
+  WeightView w;
+  Matrix y;
+  bool accumulate = false;
+};
+
+/// linear() for each output. With Activations::Q8 and panels X is normed and quantised once, and
+/// the threads meet once for all products. Y may not overlap X. Throws ShapeError.
+void linear_group(Context& ctx, const LinearInput& input, std::span<const LinearOutput> outputs,
+                  Traffic traffic);
+
+/// H = φ(f(X) W_gateᵀ) ⊙ (f(X) W_upᵀ).   W_gate and W_up of the same shape [d_ff, cols],
+/// H [n_tokens, d_ff]. Otherwise as linear_group().
+void gated_linear(Context& ctx, const LinearInput& input, Activation phi, const WeightView& w_gate,
+                  const WeightView& w_up, Matrix h, Traffic traffic);
 
 /// dst[i] = bf16(src[i]) as float32: how an activation enters a product under Activations::BF16.
 void round_to_bf16(std::span<const float> src, std::span<float> dst);

@@ -1,20 +1,18 @@
 #include "models/mlp.h"
 
 #include "kernels/linear.h"
+#include "kernels/rms_norm.h"
 
 namespace moesaic::models {
 namespace {
 
-void dense_forward(Context& ctx, const DenseMlp& mlp, ConstMatrix x, Matrix y) {
+void dense_forward(Context& ctx, const DenseMlp& mlp, const kernels::LinearInput& input, Matrix y) {
   const Workspace::Scope scope(ctx.workspace);
   const std::int64_t d_ff = mlp.w_gate.rows;
-  const auto n = static_cast<std::size_t>(x.rows * d_ff);
-  const Matrix gate(ctx.workspace.take<float>(n).data(), x.rows, d_ff);
-  const Matrix up(ctx.workspace.take<float>(n).data(), x.rows, d_ff);
-  kernels::linear(ctx, mlp.w_gate, x, gate, Traffic::Mlp);
-  kernels::linear(ctx, mlp.w_up, x, up, Traffic::Mlp);
-  kernels::gated_activation(ctx, mlp.phi, gate, up, gate);
-  kernels::linear(ctx, mlp.w_down, gate, y, Traffic::Mlp);
+  const auto n = static_cast<std::size_t>(input.x.rows * d_ff);
+  const Matrix h(ctx.workspace.take<float>(n).data(), input.x.rows, d_ff);
+  kernels::gated_linear(ctx, input, mlp.phi, mlp.w_gate, mlp.w_up, h, Traffic::Mlp);
+  kernels::linear(ctx, mlp.w_down, h, y, Traffic::Mlp);
 }
 
 std::int64_t weights(const DenseMlp& mlp) {
@@ -30,14 +28,20 @@ std::int64_t weights(const kernels::SecretMoeView& moe) {
 
 }  // namespace
 
-void mlp_forward(Context& ctx, const Mlp& mlp, ConstMatrix x, Matrix y,
+void mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInput& input, Matrix y,
                  std::span<std::int32_t> selected) {
   if (const auto* dense = std::get_if<DenseMlp>(&mlp)) {
-    dense_forward(ctx, *dense, x, y);
-  } else {
-    kernels::secret_moe(ctx, std::get<kernels::SecretMoeView>(mlp), x, y, kernels::MoePath::Auto,
-                        selected);
+    return dense_forward(ctx, *dense, input, y);
   }
+  const auto& moe = std::get<kernels::SecretMoeView>(mlp);
+  if (input.norm.empty()) {
+    return kernels::secret_moe(ctx, moe, input.x, y, kernels::MoePath::Auto, selected);
+  }
+  const Workspace::Scope scope(ctx.workspace);
+  const auto n = static_cast<std::size_t>(input.x.rows * input.x.cols);
+  const Matrix x(ctx.workspace.take<float>(n).data(), input.x.rows, input.x.cols);
+  kernels::rms_norm(ctx, input.x, input.norm, input.eps, x);
+  kernels::secret_moe(ctx, moe, x, y, kernels::MoePath::Auto, selected);
 }
 
 std::int64_t multiply_adds(const Mlp& mlp) {

@@ -6,6 +6,7 @@
 
 #include "kernels/activation.h"
 #include "kernels/base/context.h"
+#include "kernels/linear.h"
 #include "kernels/secret_moe.h"
 
 namespace moesaic::models {
@@ -21,9 +22,9 @@ struct DenseMlp {
 /// The MLP of one layer, in either form. Weights are borrowed.
 using Mlp = std::variant<DenseMlp, kernels::SecretMoeView>;
 
-/// y = mlp(x).   x, y [n_tokens, d_model], distinct memory. `selected`: as in kernels::secret_moe;
-/// left alone by a dense MLP.
-void mlp_forward(Context& ctx, const Mlp& mlp, ConstMatrix x, Matrix y,
+/// y = mlp(f(x)), f being the input's norm where it has one.   x, y [n_tokens, d_model], distinct
+/// memory. `selected`: as in kernels::secret_moe; left alone by a dense MLP.
+void mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInput& input, Matrix y,
                  std::span<std::int32_t> selected = {});
 
 /// Multiply-adds per token of the layer: 3 · d_model · d_ff for the dense form; router, bypass,

@@ -1,6 +1,7 @@
 #include "models/transformer.h"
 
 #include <algorithm>
+#include <array>
 #include <map>
 
 #include "kernels/attention.h"
@@ -96,10 +97,8 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
   }
 
   const Workspace::Scope scope(ctx_.workspace);
-  const Matrix n = take(ctx_.workspace, r.rows, r.cols);
-  store_keys(last, places, cache.layer(last), r, n);
+  project_and_store(last, places, cache.layer(last), r, {});
   if (n_outputs == 0) return;
-  keep_rows(batch.outputs, n);
   keep_rows(batch.outputs, r);
   const std::span<std::int32_t> slots = ctx_.workspace.take<std::int32_t>(n_outputs);
   const std::span<std::int32_t> positions = ctx_.workspace.take<std::int32_t>(n_outputs);
@@ -108,7 +107,11 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
     positions[i] = batch.positions[static_cast<std::size_t>(batch.outputs[i])];
   }
   const Matrix wanted = r.slice(0, static_cast<std::int64_t>(n_outputs));
-  attend(last, {slots, positions}, cache.layer(last), n.slice(0, wanted.rows), wanted);
+  const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(last)];
+  const Matrix q = take(ctx_.workspace, wanted.rows, w.w_q.rows);
+  const kernels::LinearOutput output{w.w_q, q};
+  kernels::linear_group(ctx_, attention_input(last, wanted), {&output, 1}, Traffic::Attention);
+  attend(last, {slots, positions}, cache.layer(last), q, wanted);
   mlp_block(last, wanted);
 }
 
@@ -119,21 +122,27 @@ void Transformer::embed(std::span<const std::int32_t> tokens, Matrix r) {
 void Transformer::attention_block(int layer, const kernels::TokenPlaces& places,
                                   kernels::KvLayerView cache, Matrix r) {
   const Workspace::Scope scope(ctx_.workspace);
-  const Matrix n = take(ctx_.workspace, r.rows, r.cols);
-  store_keys(layer, places, cache, r, n);
-  attend(layer, places, cache, n, r);
+  const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
+  const Matrix q = take(ctx_.workspace, r.rows, w.w_q.rows);
+  project_and_store(layer, places, cache, r, {w.w_q, q});
+  attend(layer, places, cache, q, r);
 }
 
-void Transformer::store_keys(int layer, const kernels::TokenPlaces& places,
-                             kernels::KvLayerView cache, ConstMatrix r, Matrix n) {
+kernels::LinearInput Transformer::attention_input(int layer, ConstMatrix r) const {
+  return {r, checkpoint_->layers[static_cast<std::size_t>(layer)].attn_norm, config().norm_eps};
+}
+
+void Transformer::project_and_store(int layer, const kernels::TokenPlaces& places,
+                                    kernels::KvLayerView cache, ConstMatrix r,
+                                    const kernels::LinearOutput& queries) {
   const ModelConfig& c = config();
   const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
   const Workspace::Scope scope(ctx_.workspace);
   const Matrix k = take(ctx_.workspace, r.rows, w.w_k.rows);
   const Matrix v = take(ctx_.workspace, r.rows, w.w_v.rows);
-  kernels::rms_norm(ctx_, r, w.attn_norm, c.norm_eps, n);
-  kernels::linear(ctx_, w.w_k, n, k, Traffic::Attention);
-  kernels::linear(ctx_, w.w_v, n, v, Traffic::Attention);
+  const std::array<kernels::LinearOutput, 3> outputs = {queries, kernels::LinearOutput{w.w_k, k},
+                                                        kernels::LinearOutput{w.w_v, v}};
+  kernels::linear_group(ctx_, attention_input(layer, r), outputs, Traffic::Attention);
   if (!w.k_norm.empty()) {
     const Matrix k_heads = heads(k, c.head_dim);
     kernels::rms_norm(ctx_, k_heads, w.k_norm, c.norm_eps, k_heads);
@@ -144,13 +153,11 @@ void Transformer::store_keys(int layer, const kernels::TokenPlaces& places,
 }
 
 void Transformer::attend(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache,
-                         Matrix n, Matrix r) {
+                         Matrix q, Matrix r) {
   const ModelConfig& c = config();
   const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
   const Workspace::Scope scope(ctx_.workspace);
-  const Matrix q = take(ctx_.workspace, r.rows, w.w_q.rows);
   const Matrix mixed = take(ctx_.workspace, r.rows, w.w_q.rows);
-  kernels::linear(ctx_, w.w_q, n, q, Traffic::Attention);
   if (!w.q_norm.empty()) {
     const Matrix q_heads = heads(q, c.head_dim);
     kernels::rms_norm(ctx_, q_heads, w.q_norm, c.norm_eps, q_heads);
@@ -162,6 +169,7 @@ void Transformer::attend(int layer, const kernels::TokenPlaces& places, kernels:
   if (w.post_attn_norm.empty()) {
     kernels::linear(ctx_, w.w_o, mixed, r, Traffic::Attention, true);
   } else {
+    const Matrix n = take(ctx_.workspace, r.rows, r.cols);
     kernels::linear(ctx_, w.w_o, mixed, n, Traffic::Attention);
     kernels::rms_norm(ctx_, n, w.post_attn_norm, c.norm_eps, n);
     kernels::add(ctx_, n, r);
@@ -169,17 +177,16 @@ void Transformer::attend(int layer, const kernels::TokenPlaces& places, kernels:
 }
 
 void Transformer::mlp_block(int layer, Matrix r) {
-  const Mlp& mlp = checkpoint_->layers[static_cast<std::size_t>(layer)].mlp;
+  const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
+  const kernels::LinearInput input{r, w.mlp_norm, config().norm_eps};
+  const auto* moe = std::get_if<kernels::SecretMoeView>(&w.mlp);
   const Workspace::Scope scope(ctx_.workspace);
-  const Matrix x = take(ctx_.workspace, r.rows, r.cols);
-  const Matrix y = take(ctx_.workspace, r.rows, r.cols);
-  mlp_input(layer, r, x);
-  const auto* moe = std::get_if<kernels::SecretMoeView>(&mlp);
   std::span<std::int32_t> selected;
   if (observer_ && moe != nullptr) {
     selected = ctx_.workspace.take<std::int32_t>(static_cast<std::size_t>(r.rows * moe->n_active));
   }
-  mlp_forward(ctx_, mlp, x, y, selected);
+  const Matrix y = take(ctx_.workspace, r.rows, r.cols);
+  mlp_forward(ctx_, w.mlp, input, y, selected);
   if (observer_ && moe != nullptr) observer_(layer, r.rows, selected);
   add_mlp_output(layer, y, r);
 }
@@ -197,10 +204,9 @@ void Transformer::add_mlp_output(int layer, Matrix y, Matrix r) {
 }
 
 void Transformer::head(ConstMatrix r, Matrix logits) {
-  const Workspace::Scope scope(ctx_.workspace);
-  const Matrix n = take(ctx_.workspace, r.rows, r.cols);
-  kernels::rms_norm(ctx_, r, checkpoint_->output_norm, config().norm_eps, n);
-  kernels::linear(ctx_, checkpoint_->head, n, logits, Traffic::Head);
+  const kernels::LinearOutput output{checkpoint_->head, logits};
+  kernels::linear_group(ctx_, {r, checkpoint_->output_norm, config().norm_eps}, {&output, 1},
+                        Traffic::Head);
 }
 
 }  // namespace moesaic::models

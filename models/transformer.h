@@ -9,6 +9,8 @@
 
 #include "engine/decoder.h"
 #include "kernels/base/context.h"
+#include "kernels/base/huge_buffer.h"
+#include "kernels/linear.h"
 #include "models/config.h"
 #include "models/gguf.h"
 #include "models/mlp.h"
@@ -38,6 +40,7 @@ struct Checkpoint {
   std::span<const float> output_norm;  // [d_model]
   WeightView head;                     // [vocab_size, d_model]; the embedding where tied
   std::vector<LayerWeights> layers;
+  std::shared_ptr<const HugeBuffer> panels;  // what the views' panels point into, or null
 
   /// Opens, checks every expected tensor's presence, type and shape. Throws FormatError, IoError.
   static std::shared_ptr<const Checkpoint> load(const std::filesystem::path& path);
@@ -85,11 +88,12 @@ class Transformer : public engine::Decoder {
 
  private:
   void check_batch(const engine::Batch& batch, const engine::KvCache& cache) const;
-  // The two halves of attention_block(): n = attn_norm(r), from which keys and values go to the
-  // cache; and what queries from n read there, added to r. n is scratch after.
-  void store_keys(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache,
-                  ConstMatrix r, Matrix n);
-  void attend(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache, Matrix n,
+  // The two halves of attention_block(): keys and values of all rows of r go to the cache, queries
+  // (where asked for) to an output; and what queries read there is added to r. q is scratch after.
+  kernels::LinearInput attention_input(int layer, ConstMatrix r) const;
+  void project_and_store(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache,
+                         ConstMatrix r, const kernels::LinearOutput& queries);
+  void attend(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache, Matrix q,
               Matrix r);
   void mlp_block(int layer, Matrix r);
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 
+#include "models/panels.h"
 #include "models/secret_moe_file.h"
 #include "tools/output.h"
 
@@ -63,15 +64,26 @@ std::vector<std::int32_t> parse_json_ids(const std::string& text, const std::fil
   return ids;
 }
 
+Activations parse_activations(const std::string& name) {
+  if (name == "q8") return Activations::Q8;
+  return name == "bf16" ? Activations::BF16 : Activations::F32;
+}
+
+std::shared_ptr<const models::Checkpoint> load(const std::filesystem::path& path,
+                                               Context& context) {
+  auto checkpoint = models::Checkpoint::load(path);
+  if (context.activations != Activations::Q8) return checkpoint;
+  return models::with_panels(*checkpoint, context.pool);
+}
+
 }  // namespace
 
 Runtime::Runtime(const RunOptions& options)
     : pool(options.threads),
-      context{pool, workspace, tally,
-              options.activations == "bf16" ? Activations::BF16 : Activations::F32} {}
+      context{pool, workspace, tally, parse_activations(options.activations)} {}
 
 Model::Model(const std::filesystem::path& path, Context& context)
-    : checkpoint(models::Checkpoint::load(path)),
+    : checkpoint(load(path, context)),
       tokenizer(models::load_tokenizer(*checkpoint->file)),
       transformer(checkpoint, context) {}
 

@@ -33,19 +33,21 @@ using ConstMatrix = MatrixView<const float>;
 using Matrix = MatrixView<float>;
 
 /// Borrowed weight matrix [rows, cols] of any DType, rows contiguous and packed one after the
-/// other.
+/// other. `panels`, where given, is the same matrix in the order of kernels/panels.h, which
+/// Activations::Q8 reads instead.
 struct WeightView {
   const std::byte* data = nullptr;
   DType dtype = DType::F32;
   std::int64_t rows = 0;
   std::int64_t cols = 0;
+  const std::byte* panels = nullptr;
 
   std::int64_t row_bytes() const { return moesaic::row_bytes(dtype, cols); }
   std::int64_t bytes() const { return rows * row_bytes(); }
   const std::byte* row(std::int64_t r) const { return data + r * row_bytes(); }
-  /// Rows [first, first + n).
+  /// Rows [first, first + n), without panels.
   WeightView slice(std::int64_t first, std::int64_t n) const {
-    return {row(first), dtype, n, cols};
+    return {row(first), dtype, n, cols, nullptr};
   }
   bool empty() const { return rows == 0 || cols == 0; }
 };

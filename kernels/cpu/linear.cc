@@ -139,7 +139,7 @@ void linear_tiles(Context& ctx, const WeightView& w, const T* x, std::int64_t st
 }
 
 void linear_many(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, bool accumulate) {
-  if (ctx.activations == Activations::F32) {
+  if (ctx.activations != Activations::BF16) {
     return linear_tiles(ctx, w, x.data, x.stride, y, accumulate);
   }
   const Workspace::Scope scope(ctx.workspace);
@@ -176,6 +176,10 @@ void linear(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, Traffic 
                       t.block_elems);
   if (x.rows == 0 || w.rows == 0) return;
   obey_target_environment();
+  if (ctx.activations == Activations::Q8 && w.panels != nullptr) {
+    const LinearOutput output{w, y, accumulate};
+    return linear_group(ctx, {.x = x, .norm = {}}, {&output, 1}, traffic);
+  }
   // Without columns there is nothing to multiply; the few-token path writes the zeros.
   if (x.rows <= kMatvecTokens || w.cols == 0) {
     linear_few(ctx, w, x, y, accumulate);

@@ -216,7 +216,7 @@ TEST(Transformer, PiecesGiveWhatForwardGives) {
     model.attention_block(layer, {slots, positions}, runner.cache.layer(layer), residual);
     model.mlp_input(layer, residual, Matrix(x.data(), 6, 64));
     mlp_forward(runner.test.context, model.checkpoint().layers[static_cast<std::size_t>(layer)].mlp,
-                Matrix(x.data(), 6, 64), Matrix(y.data(), 6, 64));
+                {.x = Matrix(x.data(), 6, 64)}, Matrix(y.data(), 6, 64));
     model.add_mlp_output(layer, Matrix(y.data(), 6, 64), residual);
   }
   model.head(residual, Matrix(logits.data(), 6, 80));
