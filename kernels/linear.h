@@ -13,7 +13,7 @@ namespace moesaic::kernels {
 /// registers; many tokens: tiles of W are unpacked once and multiplied by oneDNN. Row r of Y
 /// depends on the number of tokens only through float32 summation order. Deterministic for a given
 /// thread count. With Activations::BF16 in the context X is rounded to bfloat16 first, and W too
-/// where it goes through tiles; with Activations::Q8 and panels of W (kernels/panels.h) X enters as
+/// where it goes through tiles; with Activations::Q16 and panels of W (kernels/panels.h) X enters as
 /// described there and what one (row, token) pair gets depends on nothing else. Counts W's bytes
 /// under `traffic`. Throws ShapeError.
 void linear(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, Traffic traffic,
@@ -33,7 +33,7 @@ struct LinearOutput {
   bool accumulate = false;
 };
 
-/// linear() for each output. With Activations::Q8 and panels X is normed and quantised once, and
+/// linear() for each output. With Activations::Q16 and panels X is normed and quantised once, and
 /// the threads meet once for all products. Y may not overlap X. Throws ShapeError.
 void linear_group(Context& ctx, const LinearInput& input, std::span<const LinearOutput> outputs,
                   Traffic traffic);

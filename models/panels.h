@@ -8,7 +8,7 @@
 namespace moesaic::models {
 
 /// The same checkpoint with a copy of its matrices in panels (kernels/panels.h), for
-/// Activations::Q8; matrices in formats without panels stay as they are. Takes about as much memory
+/// Activations::Q16; matrices in formats without panels stay as they are. Takes about as much memory
 /// again as the file's matrices, and lets go of what was read of the file's mapping. The original's
 /// views stay valid. Throws IoError if the memory is refused.
 std::shared_ptr<const Checkpoint> with_panels(const Checkpoint& checkpoint, ThreadPool& pool);

@@ -66,9 +66,9 @@ void add_run_options(CLI::App& cmd, RunOptions& options) {
       ->check(CLI::Validator(check_device, "DEVICE"))
       ->capture_default_str();
   cmd.add_option("--activations", options.activations,
-                 "Precision in which activations enter a matrix product; sums are f32 in all. q8: "
-                 "8-bit integers with a scale per 32, bf16 where the weights are BF16")
-      ->check(CLI::IsMember({"f32", "bf16", "q8"}))
+                 "Precision in which activations enter a matrix product; sums are f32 in all. q16: "
+                 "16-bit integers with a scale per 32, bf16 where the weights are BF16")
+      ->check(CLI::IsMember({"f32", "bf16", "q16"}))
       ->capture_default_str();
   cmd.add_flag("-q,--quiet", options.quiet, "No progress on standard error");
 }

@@ -65,14 +65,14 @@ std::vector<std::int32_t> parse_json_ids(const std::string& text, const std::fil
 }
 
 Activations parse_activations(const std::string& name) {
-  if (name == "q8") return Activations::Q8;
+  if (name == "q16") return Activations::Q16;
   return name == "bf16" ? Activations::BF16 : Activations::F32;
 }
 
 std::shared_ptr<const models::Checkpoint> load(const std::filesystem::path& path,
                                                Context& context) {
   auto checkpoint = models::Checkpoint::load(path);
-  if (context.activations != Activations::Q8) return checkpoint;
+  if (context.activations != Activations::Q16) return checkpoint;
   return models::with_panels(*checkpoint, context.pool);
 }
 

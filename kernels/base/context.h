@@ -7,10 +7,10 @@
 namespace moesaic {
 
 /// Precision in which activations enter a matrix product. Sums are float32 in all of them. The
-/// residual stream, norms, softmax and the attention cache are float32 in all of them. Q8: with
-/// quantised weights that have panels, 8-bit integers with a float32 scale per 32 elements; with
+/// residual stream, norms, softmax and the attention cache are float32 in all of them. Q16: with
+/// quantised weights that have panels, 16-bit integers with a float32 scale per 32 elements; with
 /// BF16 weights that have them, bfloat16; float32 with all others.
-enum class Activations { F32, BF16, Q8 };
+enum class Activations { F32, BF16, Q16 };
 
 /// What every kernel call needs from its caller besides tensors: threads, scratch memory, the byte
 /// tally and the activation precision. Borrowed; one kernel at a time per context.

@@ -34,7 +34,7 @@ using Matrix = MatrixView<float>;
 
 /// Borrowed weight matrix [rows, cols] of any DType, rows contiguous and packed one after the
 /// other. `panels`, where given, is the same matrix in the order of kernels/panels.h, which
-/// Activations::Q8 reads instead.
+/// Activations::Q16 reads instead.
 struct WeightView {
   const std::byte* data = nullptr;
   DType dtype = DType::F32;

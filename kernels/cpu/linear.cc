@@ -176,7 +176,7 @@ void linear(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, Traffic 
                       t.block_elems);
   if (x.rows == 0 || w.rows == 0) return;
   obey_target_environment();
-  if (ctx.activations == Activations::Q8 && w.panels != nullptr) {
+  if (ctx.activations == Activations::Q16 && w.panels != nullptr) {
     const LinearOutput output{w, y, accumulate};
     return linear_group(ctx, {.x = x, .norm = {}}, {&output, 1}, traffic);
   }

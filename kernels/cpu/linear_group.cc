@@ -19,7 +19,7 @@ std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 std::int64_t n_panels(const WeightView& w) { return (w.rows + kPanelRows - 1) / kPanelRows; }
 
 bool uses_panels(const Context& ctx, const WeightView& w) {
-  return ctx.activations == Activations::Q8 && (w.panels != nullptr || w.rows == 0);
+  return ctx.activations == Activations::Q16 && (w.panels != nullptr || w.rows == 0);
 }
 
 void check_shapes(const LinearInput& input, const LinearOutput& output) {
@@ -40,7 +40,7 @@ class Tiles {
     }
     shared_ = n_threads_ > 1 && input.x.rows * input.x.cols > kOwnTileElements;
     const std::int64_t copies = shared_ ? 1 : n_threads_;
-    for (const TileKind kind : {TileKind::Int8, TileKind::BFloat16}) {
+    for (const TileKind kind : {TileKind::Int16, TileKind::BFloat16}) {
       if (!wanted_[index(kind)]) continue;
       bytes_[index(kind)] = input.x.rows * tile_token_bytes(kind, input.x.cols);
       tiles_[index(kind)] =
@@ -67,7 +67,7 @@ class Tiles {
         }
         x = to;
       }
-      for (const TileKind kind : {TileKind::Int8, TileKind::BFloat16}) {
+      for (const TileKind kind : {TileKind::Int16, TileKind::BFloat16}) {
         if (!wanted_[index(kind)]) continue;
         make_tile(kind, x, place(kind, thread) + first * tile_token_bytes(kind, x.cols));
       }
@@ -78,7 +78,7 @@ class Tiles {
   const std::byte* tiles(TileKind kind, int thread) const { return place(kind, thread); }
 
  private:
-  static std::size_t index(TileKind kind) { return kind == TileKind::Int8 ? 0 : 1; }
+  static std::size_t index(TileKind kind) { return kind == TileKind::Int16 ? 0 : 1; }
   std::byte* place(TileKind kind, int thread) const {
     return tiles_[index(kind)] + (shared_ ? 0 : thread * bytes_[index(kind)]);
   }

@@ -49,6 +49,7 @@ HWY_INLINE F zero() { return _mm512_setzero_ps(); }
 HWY_INLINE F broadcast(const float* p) { return _mm512_set1_ps(*p); }
 HWY_INLINE I broadcast(const std::int32_t* p) { return _mm512_set1_epi32(*p); }
 HWY_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+HWY_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
 HWY_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 HWY_INLINE F mul_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 HWY_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
@@ -121,6 +122,7 @@ HWY_INLINE F zero() { return _mm256_setzero_ps(); }
 HWY_INLINE F broadcast(const float* p) { return _mm256_set1_ps(*p); }
 HWY_INLINE I broadcast(const std::int32_t* p) { return _mm256_set1_epi32(*p); }
 HWY_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+HWY_INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
 HWY_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 HWY_INLINE F mul_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 HWY_INLINE F to_float(I a) { return _mm256_cvtepi32_ps(a); }
@@ -210,6 +212,7 @@ HWY_INLINE F zero() { return 0; }
 HWY_INLINE F broadcast(const float* p) { return *p; }
 HWY_INLINE I broadcast(const std::int32_t* p) { return *p; }
 HWY_INLINE F add(F a, F b) { return a + b; }
+HWY_INLINE I add(I a, I b) { return a + b; }
 HWY_INLINE F mul(F a, F b) { return a * b; }
 HWY_INLINE F mul_add(F a, F b, F c) { return a * b + c; }
 HWY_INLINE F to_float(I a) { return static_cast<float>(a); }

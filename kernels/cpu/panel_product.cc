@@ -164,16 +164,19 @@ HWY_INLINE void prefetch_lines(const Byte* p) {
 }
 
 template <class Format, int n, int... g>
-HWY_INLINE void add_groups(const Byte* unit, int row, const std::int8_t* q, I (&sum)[n],
+HWY_INLINE void add_groups(const Byte* unit, int row, const std::int8_t* high,
+                           const std::int8_t* low, I (&high_sum)[n], I (&low_sum)[n],
                            std::integer_sequence<int, g...>) {
   const auto one = [&]<int group>(std::integral_constant<int, group>) MOESAIC_PANEL_LAMBDA {
     const U codes = Format::template codes<group>(unit, row);
 #pragma GCC unroll 8
     for (int t = 0; t < n; ++t) {
       if constexpr (Format::kIsQ8) {
-        sum[t] = dot_q8(sum[t], codes, q + 32 * t + 4 * group);
+        high_sum[t] = dot_q8(high_sum[t], codes, high + 32 * t + 4 * group);
+        low_sum[t] = dot_q8(low_sum[t], codes, low + 32 * t + 4 * group);
       } else {
-        sum[t] = dot(sum[t], codes, q + 32 * t + 4 * group);
+        high_sum[t] = dot(high_sum[t], codes, high + 32 * t + 4 * group);
+        low_sum[t] = dot(low_sum[t], codes, low + 32 * t + 4 * group);
       }
     }
   };
@@ -187,51 +190,51 @@ constexpr std::integer_sequence<int, (base + g)...> shifted(std::integer_sequenc
 
 template <class Format, int n, int part>
 HWY_INLINE void add_part(const typename Format::Scales& scales, const Byte* unit, int row,
-                         const std::int8_t* q, const float* d, const std::int32_t* minus_sums,
-                         int n_tile, F (&total)[n]) {
-  I sum[n];
+                         const std::int8_t* high, const std::int8_t* low, const float* d,
+                         const std::int32_t* minus_sums, int n_tile, F (&total)[n]) {
+  static constexpr std::int32_t kZero = 0;
+  I high_sum[n], low_sum[n];
 #pragma GCC unroll 8
   for (int t = 0; t < n; ++t) {
-    if constexpr (Format::kBiasShift == 0) {
-      static constexpr std::int32_t kZero = 0;
-      sum[t] = broadcast(&kZero);
-    } else {
+    high_sum[t] = low_sum[t] = broadcast(&kZero);
+    if constexpr (Format::kBiasShift != 0) {
       std::int32_t minus = minus_sums[n_tile * part + t];
       if constexpr (Format::kParts == 1) minus += minus_sums[n_tile + t];
-      sum[t] = shift_left<Format::kBiasShift>(broadcast(&minus));
+      low_sum[t] = shift_left<Format::kBiasShift>(broadcast(&minus));
     }
   }
   constexpr int kGroups = 8 / Format::kParts;
-  add_groups<Format, n>(unit, row, q, sum,
+  add_groups<Format, n>(unit, row, high, low, high_sum, low_sum,
                         shifted<part * kGroups>(std::make_integer_sequence<int, kGroups>{}));
   const F scale = scales.d(part);
 #pragma GCC unroll 8
   for (int t = 0; t < n; ++t) {
-    total[t] = mul_add(to_float(sum[t]), mul(scale, broadcast(d + t)), total[t]);
+    const F sum = to_float(add(shift_left<7>(high_sum[t]), low_sum[t]));
+    total[t] = mul_add(sum, mul(scale, broadcast(d + t)), total[t]);
   }
 }
 
 template <class Format, int n>
-HWY_NOINLINE void int8_tokens(const Byte* panel, std::int64_t n_units, int row, const Byte* tile,
-                              const Tokens& to) {
+HWY_NOINLINE void int16_tokens(const Byte* panel, std::int64_t n_units, int row, const Byte* tile,
+                               const Tokens& to) {
   F total[n];
 #pragma GCC unroll 8
   for (int t = 0; t < n; ++t) total[t] = zero();
-  tile += 32 * to.first;
   for (std::int64_t left = n_units; left > 0; left -= Format::kStripUnits) {
     const Byte* header = panel;
     if (row == 0) prefetch_lines<Format::kHeaderBytes>(panel + kAhead);
     panel += Format::kHeaderBytes;
     for (int i = 0; i < Format::kStripUnits && i < left; ++i) {
       if (row == 0) prefetch_lines<Format::kUnitBytes>(panel + kAhead);
-      const auto* q = reinterpret_cast<const std::int8_t*>(tile);
-      const auto* d = reinterpret_cast<const float*>(tile + 32 * (to.n_tile - to.first)) + to.first;
+      const auto* high = reinterpret_cast<const std::int8_t*>(tile) + 32 * to.first;
+      const auto* low = high + 32 * to.n_tile;
+      const auto* d = reinterpret_cast<const float*>(tile + 64 * to.n_tile) + to.first;
       const float* d_sum = d + to.n_tile;
       const auto* minus_sums = reinterpret_cast<const std::int32_t*>(d_sum + to.n_tile);
       const typename Format::Scales scales(header, i, row);
-      add_part<Format, n, 0>(scales, panel, row, q, d, minus_sums, to.n_tile, total);
+      add_part<Format, n, 0>(scales, panel, row, high, low, d, minus_sums, to.n_tile, total);
       if constexpr (Format::kParts == 2) {
-        add_part<Format, n, 1>(scales, panel, row, q, d, minus_sums, to.n_tile, total);
+        add_part<Format, n, 1>(scales, panel, row, high, low, d, minus_sums, to.n_tile, total);
       }
       if constexpr (Format::kHasMin) {
         const F minimum = scales.m();
@@ -239,7 +242,7 @@ HWY_NOINLINE void int8_tokens(const Byte* panel, std::int64_t n_units, int row, 
         for (int t = 0; t < n; ++t) total[t] = mul_add(minimum, broadcast(d_sum + t), total[t]);
       }
       panel += Format::kUnitBytes;
-      tile += 48 * to.n_tile;
+      tile += kInt16TokenBytes * to.n_tile;
     }
   }
 #pragma GCC unroll 8
@@ -284,7 +287,7 @@ HWY_INLINE void some_tokens(const Byte* panel, std::int64_t n_units, int row, co
   if constexpr (std::is_same_v<Format, FormatBF16>) {
     bf16_tokens<Format, n>(panel, n_units, row, tile, to);
   } else {
-    int8_tokens<Format, n>(panel, n_units, row, tile, to);
+    int16_tokens<Format, n>(panel, n_units, row, tile, to);
   }
 }
 
@@ -358,9 +361,9 @@ void multiply_format(const PanelProduct& p) {
 
 void multiply(const PanelProduct& p) {
 #if HWY_TARGET == HWY_AVX3 && (HWY_TARGETS & HWY_AVX2)
-  static const bool has_int8 = __builtin_cpu_supports("avx512vnni") != 0;
+  static const bool has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
   static const bool has_bf16 = __builtin_cpu_supports("avx512bf16") != 0;
-  if (p.dtype == DType::BF16 ? !has_bf16 : !has_int8) return N_AVX2::multiply(p);
+  if (p.dtype == DType::BF16 ? !has_bf16 : !has_vnni) return N_AVX2::multiply(p);
 #endif
   switch (p.dtype) {
     case DType::BF16:
@@ -402,11 +405,13 @@ namespace {
 
 namespace hn = hwy::HWY_NAMESPACE;
 
-/// One unit of one token: codes to q, the rest to places n_tile apart.
-void quantize_unit(const float* x, std::int8_t* q, float* d, float* d_sum, std::int32_t* minus_sums,
-                   int n_tile) {
+/// One unit of one token: digits to high and low, the rest to places n_tile apart.
+void quantize_unit(const float* x, std::int8_t* high, std::int8_t* low, float* d, float* d_sum,
+                   std::int32_t* minus_sums, int n_tile) {
+  constexpr float kMax = 127 * 128;
   const hn::CappedTag<float, 16> df;
   const hn::RebindToSigned<decltype(df)> di;
+  const hn::Rebind<std::int8_t, decltype(df)> d8;
   constexpr std::size_t kLanes = hn::MaxLanes(df);
   auto largest = hn::Zero(df);
   auto finite = hn::Eq(largest, largest);
@@ -418,34 +423,37 @@ void quantize_unit(const float* x, std::int8_t* q, float* d, float* d_sum, std::
   }
   const bool is_finite = hn::AllTrue(df, finite);
   const float max = hn::GetLane(hn::MaxOfLanes(df, largest));
-  // Below this 127 / max is no longer finite; such a unit counts as zero.
-  const bool is_zero = !is_finite || max < 1e-36f;
-  *d = is_finite ? (is_zero ? 0.0f : max / 127) : std::numeric_limits<float>::quiet_NaN();
-  const auto inverse = hn::Set(df, is_zero ? 0.0f : 127 / max);
-  std::int32_t sums[2];
+  // Below this the inverse is no longer finite; such a unit counts as zero.
+  const bool is_zero = !is_finite || max < 1e-34f;
+  *d = is_finite ? (is_zero ? 0.0f : max / kMax) : std::numeric_limits<float>::quiet_NaN();
+  const auto inverse = hn::Set(df, is_zero ? 0.0f : kMax / max);
+  std::int32_t total = 0;
   for (std::size_t half = 0; half < 2; ++half) {
     auto sum = hn::Zero(di);
     for (std::size_t i = 16 * half; i < 16 * half + 16; i += kLanes) {
       const auto scaled = hn::Mul(hn::LoadU(df, x + i), inverse);
       const auto code = is_zero ? hn::Zero(di) : hn::NearestInt(scaled);
+      const auto upper = hn::ShiftRight<7>(hn::Add(code, hn::Set(di, 64)));
       sum = hn::Add(sum, code);
-      hn::StoreU(hn::DemoteTo(hn::Rebind<std::int8_t, decltype(df)>(), code),
-                 hn::Rebind<std::int8_t, decltype(df)>(), q + i);
+      hn::StoreU(hn::DemoteTo(d8, upper), d8, high + i);
+      hn::StoreU(hn::DemoteTo(d8, hn::Sub(code, hn::ShiftLeft<7>(upper))), d8, low + i);
     }
-    sums[half] = hn::GetLane(hn::SumOfLanes(di, sum));
-    minus_sums[static_cast<std::size_t>(n_tile) * half] = -sums[half];
+    const std::int32_t half_sum = hn::GetLane(hn::SumOfLanes(di, sum));
+    minus_sums[static_cast<std::size_t>(n_tile) * half] = -half_sum;
+    total += half_sum;
   }
-  *d_sum = *d * static_cast<float>(sums[0] + sums[1]);
+  *d_sum = *d * static_cast<float>(total);
 }
 
-void int8_tile(ConstMatrix x, std::byte* tile) {
+void int16_tile(ConstMatrix x, std::byte* tile) {
   const auto n = static_cast<int>(x.rows);
-  for (std::int64_t c = 0; c < x.cols; c += kUnitColumns, tile += 48 * n) {
-    auto* q = reinterpret_cast<std::int8_t*>(tile);
-    auto* d = reinterpret_cast<float*>(tile + 32 * n);
-    auto* minus_sums = reinterpret_cast<std::int32_t*>(tile + 40 * n);
+  for (std::int64_t c = 0; c < x.cols; c += kUnitColumns, tile += kInt16TokenBytes * n) {
+    auto* high = reinterpret_cast<std::int8_t*>(tile);
+    auto* d = reinterpret_cast<float*>(tile + 64 * n);
+    auto* minus_sums = reinterpret_cast<std::int32_t*>(tile + 72 * n);
     for (int t = 0; t < n; ++t) {
-      quantize_unit(x.row(t) + c, q + 32 * t, d + t, d + n + t, minus_sums + t, n);
+      quantize_unit(x.row(t) + c, high + 32 * t, high + 32 * (n + t), d + t, d + n + t,
+                    minus_sums + t, n);
     }
   }
 }
@@ -459,11 +467,11 @@ HWY_AFTER_NAMESPACE();
 namespace moesaic::kernels {
 
 HWY_EXPORT(multiply);
-HWY_EXPORT(int8_tile);
+HWY_EXPORT(int16_tile);
 
 void make_tile(TileKind kind, ConstMatrix x, std::byte* tile) {
-  if (kind == TileKind::Int8) {
-    HWY_DYNAMIC_DISPATCH(int8_tile)(x, tile);
+  if (kind == TileKind::Int16) {
+    HWY_DYNAMIC_DISPATCH(int16_tile)(x, tile);
     return;
   }
   for (std::int64_t c = 0; c < x.cols; c += kUnitColumns) {

@@ -11,19 +11,24 @@ namespace moesaic::kernels {
 // How activations enter products with panels (panels.h). Tokens come in tiles of up to kTileTokens;
 // a tile of T tokens holds, for each unit of 32 columns,
 //
-//   int8     q [T][32] bytes, then d [T] float32, d·Σq [T] float32, −Σq of columns 0–15 [T] int32
-//            and of columns 16–31 [T] int32:   x[c] ≈ d q[c],  d = max|x| / 127 over the unit
+//   int16    q as two signed digits, q = 128 high + low: high [T][32] bytes, low [T][32] bytes;
+//   then
+//            d [T] float32, d·Σq [T] float32, −Σq of columns 0–15 [T] int32 and of columns 16–31
+//            [T] int32:   x[c] ≈ d q[c],  d = max|x| / (127 · 128) over the unit
 //   bfloat16 x [T][32], nearest even
 //
 // so that a product reads a tile from its first byte to its last.
 
 inline constexpr std::int64_t kTileTokens = 8;
 
-enum class TileKind { Int8, BFloat16 };
+enum class TileKind { Int16, BFloat16 };
+
+/// Bytes of one token's part of a unit.
+inline constexpr std::int64_t kInt16TokenBytes = 80;
 
 /// Bytes of one token's part of a tile.
 constexpr std::int64_t tile_token_bytes(TileKind kind, std::int64_t cols) {
-  return cols / 32 * (kind == TileKind::Int8 ? 48 : 64);
+  return cols / 32 * (kind == TileKind::Int16 ? kInt16TokenBytes : 64);
 }
 
 /// Writes the tokens of x, at most kTileTokens, as one tile; x.cols a multiple of 32. A unit with a
@@ -45,10 +50,10 @@ struct PanelProduct {
 
 /// What activations a product with this format takes.
 constexpr TileKind tile_kind(DType dtype) {
-  return dtype == DType::BF16 ? TileKind::BFloat16 : TileKind::Int8;
+  return dtype == DType::BF16 ? TileKind::BFloat16 : TileKind::Int16;
 }
 
-/// Sums of int8 products are exact within a unit; units are added in float32, in order. What one
+/// Sums of integer products are exact within a unit; units are added in float32, in order. What one
 /// (row, token) pair gets depends on neither the range nor the other tokens.
 void multiply_panels(const PanelProduct& product);
 
