@@ -2,7 +2,7 @@
 
 #include <sys/mman.h>
 
-#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstdint>
@@ -24,8 +24,24 @@ constexpr int kReadPasses = 10;
 constexpr std::int64_t kGemmSize = 1024;  // 5 ms a product on two cores; 2048 gave no more
 constexpr int kGemmPasses = 20;
 
+constexpr double kEnough = 1;  // seconds after which a slow machine makes no further pass
+
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+/// Seconds of the fastest of up to n_passes calls.
+template <class Fn>
+double fastest(int n_passes, Fn&& fn) {
+  const Clock::time_point begin = Clock::now();
+  double best = 0;
+  for (int pass = 0; pass < n_passes && seconds_since(begin) < kEnough; ++pass) {
+    const Clock::time_point start = Clock::now();
+    fn();
+    const double seconds = seconds_since(start);
+    if (pass == 0 || seconds < best) best = seconds;
+  }
+  return best;
 }
 
 /// Zero-filled memory beginning at a multiple of 2 MiB, in huge pages where the system has them.
@@ -80,19 +96,17 @@ double measure_read_bandwidth(ThreadPool& pool) {
     std::memset(memory.data() + range.begin, 0,
                 static_cast<std::size_t>(range.size()) * sizeof(std::uint64_t));
   });
-  double best = 0;
-  for (int pass = 0; pass < kReadPasses; ++pass) {
-    std::atomic<std::uint64_t> sink{0};
-    const Clock::time_point start = Clock::now();
+  std::uint64_t sink = 0;
+  const double seconds = fastest(kReadPasses, [&] {
+    std::atomic<std::uint64_t> sum{0};
     pool.run([&](int thread) {
       const Range range = split(kWords, pool.n_threads(), thread, 16);
-      sink.fetch_add(read_all(memory.data() + range.begin, range.size()));
+      sum.fetch_add(read_all(memory.data() + range.begin, range.size()));
     });
-    const double seconds = seconds_since(start);
-    // The sum is of zeros; looking at it keeps the loads from being dropped.
-    if (sink.load() == 0) best = std::max(best, static_cast<double>(kReadBytes) / seconds);
-  }
-  return best;
+    sink |= sum.load();
+  });
+  // The sum is of zeros; looking at it keeps the loads from being dropped.
+  return sink == 0 ? static_cast<double>(kReadBytes) / seconds : 0;
 }
 
 double measure_peak_flops(ThreadPool& pool) {
@@ -105,16 +119,12 @@ double measure_peak_flops(ThreadPool& pool) {
     a[i] = static_cast<float>(i % 7) - 3;
     b[i] = static_cast<float>(i % 5) - 2;
   }
-  double best = 0;
-  for (int pass = 0; pass < kGemmPasses; ++pass) {
-    const Clock::time_point start = Clock::now();
+  const double seconds = fastest(kGemmPasses, [&] {
     kernels::gemm(context, false, false, 1, ConstMatrix(a.data(), kGemmSize, kGemmSize),
                   ConstMatrix(b.data(), kGemmSize, kGemmSize), 0,
                   Matrix(c.data(), kGemmSize, kGemmSize));
-    const double flop = 2.0 * kGemmSize * kGemmSize * kGemmSize;
-    best = std::max(best, flop / seconds_since(start));
-  }
-  return best;
+  });
+  return 2.0 * kGemmSize * kGemmSize * kGemmSize / seconds;
 }
 
 std::string cpu_name() {

@@ -13,7 +13,7 @@ struct MachineLimits {
   double peak_flops = 0;      // FLOP/s
 };
 
-/// Both of the below; well under a second on two cores.
+/// Both of the below; they take half a second to two seconds.
 MachineLimits measure_machine_limits(ThreadPool& pool);
 
 /// Bytes per second that all threads of the pool together read from memory: the best of a few
