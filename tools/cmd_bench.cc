@@ -21,6 +21,8 @@ namespace {
 
 using Numbers = std::vector<std::int64_t>;
 
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 20;
+
 struct BenchOptions {
   std::string model;
   Numbers prompt = {512};
@@ -184,10 +186,10 @@ void run_bench(BenchOptions& options, const CLI::App& cmd) {
   crossover(options);
 }
 
-CLI::Option* add_list(CLI::App& cmd, const std::string& names, Numbers& values, std::int64_t low,
-                      const std::string& help) {
-  return cmd.add_option(names, values, help)
-      ->check(integer_between(low, std::int64_t{1} << 20))
+void add_list(CLI::App& cmd, const std::string& names, Numbers& values, std::int64_t low,
+              std::int64_t high, const std::string& help) {
+  cmd.add_option(names, values, help)
+      ->check(integer_between(low, high))
       ->delimiter(',')
       ->allow_extra_args(false)
       ->type_name("N[,N]")
@@ -201,15 +203,15 @@ void add_bench(CLI::App& app, Action& action) {
   CLI::App* cmd =
       app.add_subcommand("bench", "Tokens per second of prefill and decode, as llama-bench");
   cmd->add_option("MODEL", options->model, "Checkpoint (.gguf), dense or hybrid")->required();
-  add_list(*cmd, "-p,--n-prompt", options->prompt, 0, "Prompt lengths; 0: none");
-  add_list(*cmd, "-n,--n-gen", options->generate, 0,
+  add_list(*cmd, "-p,--n-prompt", options->prompt, 0, kMaxTokens, "Prompt lengths; 0: none");
+  add_list(*cmd, "-n,--n-gen", options->generate, 0, kMaxTokens,
            "Tokens to generate; 0: none (default with --crossover: 16)");
-  add_list(*cmd, "-b,--batch-size", options->batch, 1, "Tokens per prefill pass");
-  add_list(*cmd, "-d,--n-depth", options->depth, 0, "Tokens in the cache before the timed part");
-  add_list(*cmd, "--sequences,--npl", options->sequences, 1,
+  add_list(*cmd, "-b,--batch-size", options->batch, 1, kMaxTokens, "Tokens per prefill pass");
+  add_list(*cmd, "-d,--n-depth", options->depth, 0, kMaxTokens,
+           "Tokens in the cache before the timed part");
+  add_list(*cmd, "--sequences,--npl", options->sequences, 1, 4096,
            "Sequences decoded together, each of the -n tokens (default with --crossover: "
-           "1,2,4,8,16,32,64)")
-      ->check(integer_between(1, 4096));
+           "1,2,4,8,16,32,64)");
   cmd->add_option("-r,--repetitions", options->repetitions, "Measurements of each")
       ->check(integer_between(1, 10000))
       ->capture_default_str();
@@ -217,9 +219,8 @@ void add_bench(CLI::App& app, Action& action) {
   add_run_options(*cmd, options->run);
   // The flag that every command has takes a list here.
   cmd->remove_option(cmd->get_option("--threads"));
-  add_list(*cmd, "-t,--threads", options->threads, 1,
-           "Threads (default: all cores this process may use)")
-      ->check(integer_between(1, 1024));
+  add_list(*cmd, "-t,--threads", options->threads, 1, 1024,
+           "Threads (default: all cores this process may use)");
   cmd->add_flag("--crossover", options->crossover,
                 "Decode speed of a hybrid over that of MODEL, by sequences and active fraction");
   cmd->add_option("--hybrid", options->hybrid, "--crossover: hybrid made from MODEL (.gguf)");
