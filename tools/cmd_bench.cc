@@ -1,14 +1,16 @@
 #include <fmt/chrono.h>
 #include <fmt/format.h>
 
-#include <chrono>
 #include <ctime>
-#include <fstream>
 #include <memory>
 
 #include "engine/throughput.h"
-#include "tools/bandwidth.h"
+#include "models/gguf_writer.h"
+#include "tools/bench_output.h"
 #include "tools/commands.h"
+#include "tools/crossover.h"
+#include "tools/flops.h"
+#include "tools/machine_limits.h"
 #include "tools/options.h"
 #include "tools/output.h"
 #include "tools/progress.h"
@@ -17,146 +19,181 @@
 namespace moesaic::tools {
 namespace {
 
-constexpr std::int64_t kBatch = 512;  // tokens per prefill pass
+using Numbers = std::vector<std::int64_t>;
+
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 20;
 
 struct BenchOptions {
   std::string model;
-  std::vector<std::int64_t> prompt = {512};
-  std::vector<std::int64_t> generate = {128};
+  Numbers prompt = {512};
+  Numbers generate = {128};
+  Numbers batch = {engine::Work().n_batch};
+  Numbers depth = {0};
+  Numbers sequences = {1};
+  Numbers threads = {available_cores()};
   int repetitions = 5;
   std::string format;
   RunOptions run;
+
+  bool crossover = false;
+  std::string hybrid;
+  std::vector<double> active;
+  std::string json_file, svg_file;
 };
-
-/// One line of the table: pp N or tg N.
-struct Test {
-  std::int64_t n_prompt = 0;
-  std::int64_t n_gen = 0;
-  engine::Throughput result;
-  std::string time;  // ISO 8601, UTC
-
-  std::int64_t n_tokens() const { return n_prompt + n_gen; }
-  std::string name() const {
-    return n_prompt > 0 ? fmt::format("pp{}", n_prompt) : fmt::format("tg{}", n_gen);
-  }
-};
-
-std::string cpu_name() {
-  std::ifstream info("/proc/cpuinfo");
-  for (std::string line; std::getline(info, line);) {
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
-  }
-  return "unknown";
-}
 
 std::string utc_now() {
   return fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)));
 }
 
-/// llama-bench's keys for one test, and ours after them.
-Json as_json(const Test& test, const BenchOptions& options, const Model& model, double bandwidth) {
-  const TensorTotals totals = tensor_totals(*model.checkpoint->file);
-  std::vector<double> nanoseconds;
-  for (const double tps : test.result.tokens_per_second) {
-    nanoseconds.push_back(1e9 * static_cast<double>(test.n_tokens()) / tps);
-  }
-  double sum = 0;
-  for (const double ns : nanoseconds) sum += ns;
-  return {{"build_commit", MOESAIC_VERSION},
-          {"cpu_info", cpu_name()},
-          {"backends", "CPU"},
-          {"model_filename", options.model},
-          {"model_type", describe_model(*model.checkpoint)},
-          {"model_size", totals.bytes},
-          {"model_n_params", totals.elements},
-          {"n_batch", kBatch},
-          {"n_ubatch", kBatch},
-          {"n_threads", options.run.threads},
-          {"type_k", "f32"},
-          {"type_v", "f32"},
-          {"activations", options.run.activations},
-          {"n_prompt", test.n_prompt},
-          {"n_gen", test.n_gen},
-          {"test_time", test.time},
-          {"avg_ns", sum / static_cast<double>(nanoseconds.size())},
-          {"stddev_ns", sample_stddev(nanoseconds)},
-          {"avg_ts", test.result.mean},
-          {"stddev_ts", test.result.stddev},
-          {"samples_ns", nanoseconds},
-          {"samples_ts", test.result.tokens_per_second},
-          {"bytes_per_token", test.result.bytes_per_token},
-          {"bandwidth_fraction", test.result.bytes_per_token * test.result.mean / bandwidth},
-          {"read_bandwidth", bandwidth}};
-}
-
-/// One line per test; texts quoted, lists left to JSON.
-std::string as_csv(const std::vector<Json>& tests) {
-  std::string out;
-  for (std::size_t i = 0; i < tests.size(); ++i) {
-    std::string keys, values;
-    for (const auto& [key, value] : tests[i].items()) {
-      if (value.is_array()) continue;
-      const char* comma = keys.empty() ? "" : ",";
-      keys += comma + key;
-      std::string text = value.is_string() ? value.get<std::string>() : value.dump();
-      for (std::size_t q = text.find('"'); q != std::string::npos; q = text.find('"', q + 2)) {
-        text.insert(q, 1, '"');
+/// Every prompt length with every batch size, every generated length with every number of
+/// sequences; all of them at every depth.
+std::vector<engine::Work> planned(const BenchOptions& options) {
+  std::vector<engine::Work> plan;
+  for (const std::int64_t depth : options.depth) {
+    engine::Work work;
+    work.depth = depth;
+    for (const std::int64_t n : options.prompt) {
+      if (n == 0) continue;
+      for (const std::int64_t batch : options.batch) {
+        work.n_prompt = n;
+        work.n_batch = batch;
+        plan.push_back(work);
       }
-      values += fmt::format("{}\"{}\"", comma, text);
     }
-    if (i == 0) out += keys + "\n";
-    out += values + "\n";
+    work.n_prompt = 0;
+    work.n_batch = options.batch.front();
+    for (const std::int64_t n : options.generate) {
+      if (n == 0) continue;
+      for (const std::int64_t sequences : options.sequences) {
+        work.n_gen = n;
+        work.n_sequences = sequences;
+        plan.push_back(work);
+      }
+    }
   }
-  return out;
-}
-
-std::string as_table(const std::vector<Test>& tests, const BenchOptions& options,
-                     const Model& model, double bandwidth) {
-  const TensorTotals totals = tensor_totals(*model.checkpoint->file);
-  std::vector<std::vector<std::string>> rows = {
-      {"model", "size", "params", "backend", "threads", "test", "t/s", "MB/token", "of bandwidth"}};
-  for (const Test& test : tests) {
-    const double share = test.result.bytes_per_token * test.result.mean / bandwidth;
-    rows.push_back({describe_model(*model.checkpoint),
-                    format_bytes(static_cast<double>(totals.bytes)), format_count(totals.elements),
-                    "CPU", std::to_string(options.run.threads), test.name(),
-                    fmt::format("{:.2f} ± {:.2f}", test.result.mean, test.result.stddev),
-                    fmt::format("{:.3f}", test.result.bytes_per_token / 1e6),
-                    fmt::format("{:.0f} %", 100 * share)});
-  }
-  return fmt::format("{}\nMemory read bandwidth, measured in this run: {:.1f} GB/s\n",
-                     markdown_table(rows), bandwidth / 1e9);
+  return plan;
 }
 
 void bench(const BenchOptions& options) {
-  std::vector<Test> tests;
-  for (const std::int64_t n : options.prompt) {
-    if (n > 0) tests.push_back({.n_prompt = n, .n_gen = 0, .result = {}, .time = {}});
-  }
-  for (const std::int64_t n : options.generate) {
-    if (n > 0) tests.push_back({.n_prompt = 0, .n_gen = n, .result = {}, .time = {}});
-  }
-  if (tests.empty()) throw UsageError("-p 0 and -n 0 leave nothing to measure");
+  const std::vector<engine::Work> plan = planned(options);
+  if (plan.empty()) throw UsageError("-p 0 and -n 0 leave nothing to measure");
 
-  Runtime runtime(options.run);
-  Model model(options.model, runtime.context);
   Progress progress(options.run.quiet);
-  const double bandwidth = measure_read_bandwidth(runtime.pool);
-  for (Test& test : tests) {
-    test.time = utc_now();
-    test.result = test.n_prompt > 0
-                      ? engine::measure_prefill(model.transformer, runtime.tally, test.n_prompt,
-                                                kBatch, options.repetitions, progress)
-                      : engine::measure_decode(model.transformer, runtime.tally, test.n_gen,
-                                               options.repetitions, progress);
+  BenchedModel described{.path = options.model, .description = {}};
+  std::vector<BenchedTest> tests;
+  for (const std::int64_t threads : options.threads) {
+    RunOptions run = options.run;
+    run.threads = static_cast<int>(threads);
+    Runtime runtime(run);
+    Model model(options.model, runtime.context);
+    const TensorTotals totals = tensor_totals(*model.checkpoint->file);
+    described.description = describe_model(*model.checkpoint);
+    described.bytes = totals.bytes;
+    described.n_params = totals.elements;
+    const MachineLimits limits = measure_machine_limits(runtime.pool);
+    for (const engine::Work& work : plan) {
+      BenchedTest& test = tests.emplace_back();
+      test.work = work;
+      test.threads = run.threads;
+      test.activations = run.activations;
+      test.time = utc_now();
+      test.limits = limits;
+      test.flops_per_token = flops_per_token(*model.checkpoint, work);
+      test.result =
+          engine::measure(model.transformer, runtime.tally, work, options.repetitions, progress);
+    }
   }
   if (options.format == "md") {
-    print(as_table(tests, options, model, bandwidth));
+    print(bench_table(described, tests));
     return;
   }
-  std::vector<Json> rows;
-  for (const Test& test : tests) rows.push_back(as_json(test, options, model, bandwidth));
-  print(options.format == "json" ? to_text(Json(rows)) : as_csv(rows));
+  const std::vector<Json> rows = bench_json(described, tests);
+  if (options.format == "json") {
+    print(to_text(Json(rows)));
+  } else if (options.format == "csv") {
+    print(bench_csv(rows));
+  } else {
+    for (const Json& row : rows) print(to_text(row, false));
+  }
+}
+
+/// The one value of a list that a sweep over something else takes.
+std::int64_t only(const Numbers& values, std::string_view flag) {
+  if (values.size() != 1) {
+    throw UsageError(
+        fmt::format("{}: {} values given, expected one with --crossover", flag, values.size()));
+  }
+  return values.front();
+}
+
+void crossover(const BenchOptions& options) {
+  CrossoverSettings settings;
+  settings.batches = options.sequences;
+  settings.fractions = options.active;
+  settings.n_gen = only(options.generate, "--n-gen");
+  settings.depth = only(options.depth, "--n-depth");
+  settings.repetitions = options.repetitions;
+  RunOptions run = options.run;
+  run.threads = static_cast<int>(only(options.threads, "--threads"));
+  if (settings.n_gen == 0) throw UsageError("-n 0 leaves nothing to measure");
+  for (const std::string& file : {options.json_file, options.svg_file}) {
+    if (!file.empty()) models::check_writable(file, 1 << 16);
+  }
+
+  Runtime runtime(run);
+  Model dense(options.model, runtime.context);
+  Model hybrid(options.hybrid, runtime.context);
+  Progress progress(run.quiet);
+  Crossover result = measure_crossover(dense.transformer, hybrid.transformer, settings, progress);
+  result.dense = describe_model(*dense.checkpoint);
+  result.hybrid = describe_model(*hybrid.checkpoint);
+  result.cpu = cpu_name();
+  result.activations = run.activations;
+  result.threads = run.threads;
+  if (!options.json_file.empty()) {
+    models::write_file_atomically(options.json_file, to_text(crossover_json(result)));
+  }
+  if (!options.svg_file.empty()) {
+    models::write_file_atomically(options.svg_file, crossover_svg(result));
+  }
+  print(options.format == "json"  ? to_text(crossover_json(result))
+        : options.format == "svg" ? crossover_svg(result)
+                                  : crossover_table(result));
+}
+
+/// --crossover has other formats and defaults than the plain table; what the user gave stays.
+void run_bench(BenchOptions& options, const CLI::App& cmd) {
+  const auto given = [&](const char* flag) { return cmd.get_option(flag)->count() > 0; };
+  if (!options.crossover) {
+    for (const char* flag : {"--hybrid", "--active", "--json-file", "--svg-file"}) {
+      if (given(flag)) throw UsageError(fmt::format("{} goes with --crossover", flag));
+    }
+    if (options.format == "svg") throw UsageError("-o svg goes with --crossover");
+    bench(options);
+    return;
+  }
+  for (const char* flag : {"--n-prompt", "--batch-size"}) {
+    if (given(flag)) throw UsageError(fmt::format("{} does not go with --crossover", flag));
+  }
+  if (options.hybrid.empty()) throw UsageError("--crossover: --hybrid HYBRID is required");
+  if (options.format == "jsonl" || options.format == "csv") {
+    throw UsageError(
+        fmt::format("-o {}: expected md, json or svg with --crossover", options.format));
+  }
+  const CrossoverSettings defaults;
+  if (!given("--n-gen")) options.generate = {defaults.n_gen};
+  if (!given("--sequences")) options.sequences = defaults.batches;
+  crossover(options);
+}
+
+void add_list(CLI::App& cmd, const std::string& names, Numbers& values, std::int64_t low,
+              std::int64_t high, const std::string& help) {
+  cmd.add_option(names, values, help)
+      ->check(integer_between(low, high))
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->type_name("N[,N]")
+      ->capture_default_str();
 }
 
 }  // namespace
@@ -166,31 +203,48 @@ void add_bench(CLI::App& app, Action& action) {
   CLI::App* cmd =
       app.add_subcommand("bench", "Tokens per second of prefill and decode, as llama-bench");
   cmd->add_option("MODEL", options->model, "Checkpoint (.gguf), dense or hybrid")->required();
-  cmd->add_option("-p,--n-prompt", options->prompt, "Prompt lengths, comma-separated; 0: none")
-      ->check(integer_between(0, std::int64_t{1} << 20))
-      ->delimiter(',')
-      ->allow_extra_args(false)
-      ->type_name("N[,N]")
-      ->capture_default_str();
-  cmd->add_option("-n,--n-gen", options->generate, "Tokens to generate, comma-separated; 0: none")
-      ->check(integer_between(0, std::int64_t{1} << 20))
-      ->delimiter(',')
-      ->allow_extra_args(false)
-      ->type_name("N[,N]")
-      ->capture_default_str();
+  add_list(*cmd, "-p,--n-prompt", options->prompt, 0, kMaxTokens, "Prompt lengths; 0: none");
+  add_list(*cmd, "-n,--n-gen", options->generate, 0, kMaxTokens,
+           "Tokens to generate; 0: none (default with --crossover: 16)");
+  add_list(*cmd, "-b,--batch-size", options->batch, 1, kMaxTokens, "Tokens per prefill pass");
+  add_list(*cmd, "-d,--n-depth", options->depth, 0, kMaxTokens,
+           "Tokens in the cache before the timed part");
+  add_list(*cmd, "--sequences,--npl", options->sequences, 1, 4096,
+           "Sequences decoded together, each of the -n tokens (default with --crossover: "
+           "1,2,4,8,16,32,64)");
   cmd->add_option("-r,--repetitions", options->repetitions, "Measurements of each")
       ->check(integer_between(1, 10000))
       ->capture_default_str();
-  add_output_option(*cmd, options->format, {"md", "json", "csv"});
+  add_output_option(*cmd, options->format, {"md", "json", "jsonl", "csv", "svg"});
   add_run_options(*cmd, options->run);
+  // The flag that every command has takes a list here.
+  cmd->remove_option(cmd->get_option("--threads"));
+  add_list(*cmd, "-t,--threads", options->threads, 1, 1024,
+           "Threads (default: all cores this process may use)");
+  cmd->add_flag("--crossover", options->crossover,
+                "Decode speed of a hybrid over that of MODEL, by sequences and active fraction");
+  cmd->add_option("--hybrid", options->hybrid, "--crossover: hybrid made from MODEL (.gguf)");
+  cmd->add_option("--active", options->active,
+                  "--crossover: active fractions of the MLPs (default: six, from no routed neuron "
+                  "to all)")
+      ->check(finite_between(0, 2))
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->type_name("F[,F]");
+  cmd->add_option("--json-file", options->json_file, "--crossover: also write the JSON there");
+  cmd->add_option("--svg-file", options->svg_file, "--crossover: also write the picture there");
   cmd->footer(
-      R"(Bytes per token are counted by the kernels; their share of the memory's read bandwidth is
-measured against a streaming read in the same run.
+      R"(Bytes per token are counted by the kernels; the limit of decode is the memory's read bandwidth,
+that of prefill the FLOP/s of a bf16 matrix product, both measured in the same run with as many
+threads.
 
 Examples:
   moesaic bench SmolLM2.gguf
-  moesaic bench hybrid.gguf -p 128,512 -n 128 -r 10 -o json)");
-  cmd->callback([options, &action] { action = [options] { bench(*options); }; });
+  moesaic bench hybrid.gguf -p 128,512 -n 128 -t 1,2 -r 10 -o json
+  moesaic bench SmolLM2.gguf -p 0 -n 32 --sequences 1,4,16 -d 512
+  moesaic bench SmolLM2.gguf --crossover --hybrid hybrid.gguf --svg-file crossover.svg)");
+  cmd->callback(
+      [options, cmd, &action] { action = [options, cmd] { run_bench(*options, *cmd); }; });
 }
 
 }  // namespace moesaic::tools

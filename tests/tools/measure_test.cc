@@ -1,4 +1,4 @@
-// bench, compare, inspect: tables and JSON keys.
+// compare, inspect: tables and JSON keys.
 
 #include <gtest/gtest.h>
 
@@ -22,58 +22,6 @@ class Measure : public testing::Test {
   TinyModel hybrid_{{.moe_layers = {0, 1}}, prepare};
   TemporaryFolder folder_;
 };
-
-TEST_F(Measure, BenchJsonHasLlamaBenchKeysAndOurs) {
-  const ProgramRun run = run_program(
-      {"bench", hybrid_.path, "-p", "16", "-n", "4,8", "-r", "2", "-o", "json", "-t", "2", "-q"});
-  ASSERT_EQ(run.status, 0) << run.err;
-  const json tests = run.json();
-  ASSERT_EQ(tests.size(), 3U);
-  for (const json& test : tests) {
-    for (const char* key : {"build_commit",
-                            "cpu_info",
-                            "backends",
-                            "model_filename",
-                            "model_type",
-                            "model_size",
-                            "model_n_params",
-                            "n_batch",
-                            "n_ubatch",
-                            "n_threads",
-                            "type_k",
-                            "type_v",
-                            "n_prompt",
-                            "n_gen",
-                            "test_time",
-                            "avg_ns",
-                            "stddev_ns",
-                            "avg_ts",
-                            "stddev_ts",
-                            "samples_ns",
-                            "samples_ts",
-                            "bytes_per_token",
-                            "bandwidth_fraction",
-                            "read_bandwidth"}) {
-      EXPECT_TRUE(test.contains(key)) << key;
-    }
-    EXPECT_EQ(test["samples_ts"].size(), 2U);
-    EXPECT_GT(test["bytes_per_token"].get<double>(), 0.0);
-  }
-  EXPECT_EQ(tests[0]["n_prompt"], 16);
-  EXPECT_EQ(tests[2]["n_gen"], 8);
-}
-
-TEST_F(Measure, BenchTableAndCsv) {
-  const ProgramRun table =
-      run_program({"bench", dense_.path, "-p", "16", "-n", "4", "-r", "1", "-q"});
-  ASSERT_EQ(table.status, 0) << table.err;
-  EXPECT_NE(table.out.find("| pp16 |"), std::string::npos) << table.out;
-  EXPECT_NE(table.out.find("GB/s"), std::string::npos) << table.out;
-  const ProgramRun csv =
-      run_program({"bench", dense_.path, "-p", "16", "-n", "0", "-r", "1", "-q", "-o", "csv"});
-  EXPECT_EQ(std::count(csv.out.begin(), csv.out.end(), '\n'), 2) << csv.out;
-  EXPECT_EQ(csv.out.rfind("build_commit,", 0), 0U) << csv.out;
-}
 
 TEST_F(Measure, CompareKeys) {
   const std::string text = folder_.write("text.txt", words(600));
