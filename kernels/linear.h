@@ -13,15 +13,15 @@ namespace moesaic::kernels {
 /// registers; many tokens: tiles of W are unpacked once and multiplied by oneDNN. Row r of Y
 /// depends on the number of tokens only through float32 summation order. Deterministic for a given
 /// thread count. With Activations::BF16 in the context X is rounded to bfloat16 first, and W too
-/// where it goes through tiles; with Activations::Q16 and panels of W (kernels/panels.h) X enters as
-/// described there and what one (row, token) pair gets depends on nothing else. Counts W's bytes
+/// where it goes through tiles; with Activations::Q16 and panels of W (kernels/panels.h) X enters
+/// as described there and what one (row, token) pair gets depends on nothing else. Counts W's bytes
 /// under `traffic`. Throws ShapeError.
 void linear(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, Traffic traffic,
             bool accumulate = false);
 
 /// What several products share: X, or X normed row by row (rms_norm) where `norm` is not empty.
 struct LinearInput {
-  ConstMatrix x;                // [n_tokens, cols]
+  ConstMatrix x;                     // [n_tokens, cols]
   std::span<const float> norm = {};  // [cols] or empty
   float eps = 0;
 };

@@ -34,6 +34,16 @@ struct SecretMoeView {
   WeightView bypass_p;                 // P [d_model, bypass_rank], may be empty
   std::span<const float> bias;         // b [d_model]
 
+  // The same weights in the orders that Activations::Q16 reads, besides the panels of the router
+  // and the bypass; all of them or none.
+  const std::byte* shared_neurons = nullptr;  // kernels/neurons.h
+  const std::byte* expert_neurons = nullptr;  // likewise
+  // All neurons, the shared ones first, as a dense MLP, in panels alone, for batches. The down
+  // matrix is rounded to bfloat16: its file format has scales along the wrong side.
+  WeightView all_gate;  // [n_shared + n_experts, d_model]
+  WeightView all_up;    // the same
+  WeightView all_down;  // [d_model, n_shared + n_experts], BF16
+
   std::int64_t d_model() const { return static_cast<std::int64_t>(bias.size()); }
   std::int64_t n_shared() const { return shared.rows / 3; }
   std::int64_t n_experts() const { return experts.rows / 3; }
@@ -48,12 +58,16 @@ enum class MoePath {
   Gather,  // token by token: router → top-k → gather → expert → scatter-add, fused, nothing kept
            // but the k ids
   Grouped,  // tokens sorted by expert: each expert that any token selected is read once
-  Masked,   // all experts by dense GEMM, unselected activations set to zero: bytes and work of the
-            // dense MLP
+  Masked,   // all experts by dense products, unselected activations set to zero: bytes and work of
+           // the dense MLP
 };
 
+/// True if secret_moe() reads the packed weights of the layer: they are there and the context says
+/// Q16. Then the grouped path is none of its own (it is never the fastest) and masked is taken.
+bool uses_packed(const Context& ctx, const SecretMoeView& layer);
+
 /// The path that Auto takes for a batch of n_tokens.
-MoePath choose_moe_path(const SecretMoeView& layer, std::int64_t n_tokens);
+MoePath choose_moe_path(const Context& ctx, const SecretMoeView& layer, std::int64_t n_tokens);
 
 /// y_t = secret_moe(x_t).   x, y [n_tokens, d_model] (distinct memory). `selected`, if not empty,
 /// receives the chosen expert ids [n_tokens, n_active], ascending per token. Touches router,

@@ -458,6 +458,15 @@ void int16_tile(ConstMatrix x, std::byte* tile) {
   }
 }
 
+void int16_vector(const float* x, std::int64_t cols, std::int8_t* high, std::int8_t* low, float* d,
+                  float* d_sum) {
+  std::int32_t minus_sums[2];
+  for (std::int64_t u = 0; u < cols / kUnitColumns; ++u) {
+    const std::int64_t c = u * kUnitColumns;
+    quantize_unit(x + c, high + c, low + c, d + u, d_sum + u, minus_sums, 1);
+  }
+}
+
 }  // namespace
 }  // namespace HWY_NAMESPACE
 }  // namespace moesaic::kernels
@@ -468,6 +477,7 @@ namespace moesaic::kernels {
 
 HWY_EXPORT(multiply);
 HWY_EXPORT(int16_tile);
+HWY_EXPORT(int16_vector);
 
 void make_tile(TileKind kind, ConstMatrix x, std::byte* tile) {
   if (kind == TileKind::Int16) {
@@ -479,6 +489,11 @@ void make_tile(TileKind kind, ConstMatrix x, std::byte* tile) {
       to_bf16_bits(x.row(t) + c, kUnitColumns, reinterpret_cast<std::uint16_t*>(tile));
     }
   }
+}
+
+void quantize_vector(const float* x, std::int64_t cols, std::int8_t* high, std::int8_t* low,
+                     float* d, float* d_sum) {
+  HWY_DYNAMIC_DISPATCH(int16_vector)(x, cols, high, low, d, d_sum);
 }
 
 void multiply_panels(const PanelProduct& product) { HWY_DYNAMIC_DISPATCH(multiply)(product); }

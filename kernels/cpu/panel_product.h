@@ -35,6 +35,11 @@ constexpr std::int64_t tile_token_bytes(TileKind kind, std::int64_t cols) {
 /// NaN or an infinity gets d = NaN, and so does every sum that it enters.
 void make_tile(TileKind kind, ConstMatrix x, std::byte* tile);
 
+/// The same numbers for a single vector, each kind in a row of its own: digits [cols], d and d·Σq
+/// [cols / 32].
+void quantize_vector(const float* x, std::int64_t cols, std::int8_t* high, std::int8_t* low,
+                     float* d, float* d_sum);
+
 /// One product: Y[:, rows of the panels] (+)= X W[rows, :]ᵀ, on the calling thread.
 struct PanelProduct {
   const std::byte* panels = nullptr;  // of the whole matrix

@@ -124,6 +124,8 @@ void add_partials(Context& ctx, std::span<const float> partial, Matrix y) {
   });
 }
 
+constexpr std::int64_t kPackedGatherTokens = 2;
+
 // SmolLM2-135M's layer (d_model 576, 128 shared and 384 of 1,408 experts in Q4_1), one thread of a
 // Zen 4, µs of CPU time per call, float32 (bfloat16):
 //
@@ -134,7 +136,14 @@ void add_partials(Context& ctx, std::span<const float> partial, Matrix y) {
 //
 // Gather has three barriers a token, which a busy machine makes expensive; grouped has five calls
 // of the pool a batch.
-MoePath choose_moe_path(const SecretMoeView&, std::int64_t n_tokens) {
+bool uses_packed(const Context& ctx, const SecretMoeView& layer) {
+  return ctx.activations == Activations::Q16 && layer.all_down.panels != nullptr;
+}
+
+MoePath choose_moe_path(const Context& ctx, const SecretMoeView& layer, std::int64_t n_tokens) {
+  if (uses_packed(ctx, layer)) {
+    return n_tokens <= kPackedGatherTokens ? MoePath::Gather : MoePath::Masked;
+  }
   if (n_tokens <= 4) return MoePath::Gather;
   return n_tokens <= 64 ? MoePath::Grouped : MoePath::Masked;
 }
@@ -150,7 +159,7 @@ void secret_moe(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix 
                       x.rows * layer.n_active);
   if (x.rows == 0) return;
   obey_target_environment();
-  if (path == MoePath::Auto) path = choose_moe_path(layer, x.rows);
+  if (path == MoePath::Auto) path = choose_moe_path(ctx, layer, x.rows);
 
   for (std::int64_t first = 0; first < x.rows; first += kChunk) {
     const std::int64_t n = std::min(kChunk, x.rows - first);
@@ -168,6 +177,15 @@ void secret_moe(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix 
     std::span<std::int32_t> ids =
         selected.empty() ? selected
                          : selected.subspan(size(first * layer.n_active), size(n * layer.n_active));
+    if (uses_packed(ctx, layer)) {
+      if (path == MoePath::Gather) {
+        secret_moe_packed_gather(ctx, layer, x_part, y_part, ids);
+        continue;
+      }
+      if (ids.empty()) ids = ctx.workspace.take<std::int32_t>(size(n * layer.n_active));
+      secret_moe_packed_masked(ctx, layer, x_part, y_part, ids);
+      continue;
+    }
     if (path == MoePath::Gather) {
       secret_moe_gather(ctx, layer, x_part, y_part, ids);
       continue;

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/base/thread_pool.h"
+#include "kernels/base/view.h"
+
+namespace moesaic::kernels {
+
+/// The order in which the fast path reads single neurons (w_gate, w_up, w_down), one contiguous run
+/// of bytes each, a multiple of 64. Made at load time; every code and every scale is the file's
+/// own, only moved. Each of the three rows begins with its scales, d (and m) in float16, one per
+/// unit of 32 columns. Then the codes:
+///
+///   gate, up    Q4_*: 64 bytes per 128 columns, column c in a low nibble, 64 + c in the high one;
+///               32 bytes for 64 columns that remain. Q8_0: code + 128. BF16: the row
+///   down        Q4_*: 16 words of 32 bits per 128 columns, nibble s of word l is column 16 s + l;
+///               words of 16 bits for 64 columns that remain. Q8_0: signed codes. BF16: the row
+struct NeuronLayout {
+  std::int64_t scale_bytes = 0;  // of one row
+  std::int64_t code_bytes = 0;   // of one row
+  std::int64_t row_bytes() const { return scale_bytes + code_bytes; }
+  std::int64_t neuron_bytes() const { return (3 * row_bytes() + 63) / 64 * 64; }
+};
+
+/// True if rows of this format and length can be laid out like this and this machine has a fast
+/// path for them: Q4_0, Q4_1, Q8_0 and BF16, a multiple of 64 columns, AVX-512 with VNNI and
+/// bfloat16.
+bool has_neurons(DType dtype, std::int64_t cols);
+
+/// has_neurons(dtype, cols).
+NeuronLayout neuron_layout(DType dtype, std::int64_t cols);
+
+/// Writes neurons `range` to their place in `neurons`. Rows 3i, 3i + 1, 3i + 2 of `rows` are
+/// neuron i.
+void pack_neurons(const WeightView& rows, Range range, std::byte* neurons);
+
+}  // namespace moesaic::kernels
