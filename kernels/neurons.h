@@ -13,10 +13,14 @@ namespace moesaic::kernels {
 /// own, only moved. Each of the three rows begins with its scales, d (and m) in float16, one per
 /// unit of 32 columns. Then the codes:
 ///
-///   gate, up    Q4_*: 64 bytes per 128 columns, column c in a low nibble, 64 + c in the high one;
-///               32 bytes for 64 columns that remain. Q8_0: code + 128. BF16: the row
-///   down        Q4_*: 16 words of 32 bits per 128 columns, nibble s of word l is column 16 s + l;
-///               words of 16 bits for 64 columns that remain. Q8_0: signed codes. BF16: the row
+///   gate, up    Per 512 columns (16 units) 4 groups of [16 units][4] bytes (Q8_0: 8 groups):
+///   column
+///               c of a unit in a low nibble, 16 + c in the high one. What remains, per 128
+///               columns: 64 bytes, column c in a low nibble, 64 + c in the high one; 32 bytes for
+///               a last 64. Q8_0: code + 128, the rest in order. BF16: the row
+///   down        Per 128 columns 64 bytes, byte 16 l + 4 i + e is column 16 i + 4 l + e in its low
+///               nibble and 64 more in the high one; for a last 64 columns 32 bytes, 8 i + 4 l + e
+///               and 32 more. Q8_0: code + 128, per 64 columns as the low nibbles. BF16: the row
 struct NeuronLayout {
   std::int64_t scale_bytes = 0;  // of one row
   std::int64_t code_bytes = 0;   // of one row

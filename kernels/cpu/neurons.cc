@@ -1,5 +1,6 @@
 #include "kernels/neurons.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "hwy/targets.h"
@@ -15,20 +16,29 @@ using Byte = std::uint8_t;
 bool has_min(DType dtype) { return dtype == DType::Q4_1; }
 
 void pack_in_codes(DType dtype, const Byte* row, std::int64_t cols, Byte* to) {
-  Byte codes[128];
-  for (std::int64_t c = 0; c < cols; c += 128) {
-    const std::int64_t n = cols - c < 128 ? cols - c : 128;  // 64 or 128
+  const bool bytes = dtype == DType::Q8_0;
+  std::int64_t first = 0;
+  for (; first + 512 <= cols; first += 512) {
+    for (std::int64_t u = 0; u < 16; ++u) {
+      Byte unit[32];
+      unit_codes(dtype, row, first / 32 + u, unit);
+      for (std::int64_t i = 0; i < (bytes ? 32 : 16); ++i) {
+        const auto both = static_cast<Byte>(bytes ? unit[i] : unit[i] | unit[16 + i] << 4);
+        to[(bytes ? first : first / 2) + i / 4 * 64 + 4 * u + i % 4] = both;
+      }
+    }
+  }
+  for (; first < cols; first += 128) {
+    const std::int64_t n = std::min<std::int64_t>(cols - first, 128);  // 64 or 128
+    Byte codes[128] = {};
     for (std::int64_t u = 0; u < n / 32; ++u) {
       Byte unit[32];
-      unit_codes(dtype, row, c / 32 + u, unit);
+      unit_codes(dtype, row, first / 32 + u, unit);
       std::memcpy(codes + 32 * u, unit, sizeof(unit));
     }
-    if (dtype == DType::Q8_0) {
-      std::memcpy(to + c, codes, static_cast<std::size_t>(n));
-      continue;
-    }
-    for (std::int64_t i = 0; i < n / 2; ++i) {
-      to[c / 2 + i] = static_cast<Byte>(codes[i] | codes[n / 2 + i] << 4);
+    for (std::int64_t i = 0; i < (bytes ? n : n / 2); ++i) {
+      to[(bytes ? first : first / 2) + i] =
+          static_cast<Byte>(bytes ? codes[i] : codes[i] | codes[n / 2 + i] << 4);
     }
   }
 }
@@ -37,18 +47,19 @@ void pack_out_codes(DType dtype, const Byte* row, std::int64_t cols, Byte* to) {
   for (std::int64_t u = 0; u < cols / 32; ++u) {
     Byte unit[32];
     unit_codes(dtype, row, u, unit);
-    if (dtype == DType::Q8_0) {
-      for (int i = 0; i < 32; ++i) to[32 * u + i] = unit[i] ^ 0x80;
-      continue;
-    }
-    // Nibble s of word l of the group that column c is in.
     for (std::int64_t i = 0; i < 32; ++i) {
       const std::int64_t c = 32 * u + i;
+      if (dtype == DType::Q8_0) {
+        const std::int64_t in = c % 64;
+        to[c - in + in % 16 / 4 * 16 + in / 16 * 4 + in % 4] = unit[i];
+        continue;
+      }
       const std::int64_t group = c / 128 * 128;
-      const std::int64_t word_bytes = cols - group < 128 ? 2 : 4;
-      const std::int64_t s = (c - group) / 16;
-      Byte& at = to[group / 2 + c % 16 * word_bytes + s / 2];
-      at = static_cast<Byte>(s % 2 == 0 ? unit[i] : at | unit[i] << 4);
+      const std::int64_t half = cols - group < 128 ? 32 : 64;
+      const std::int64_t in = (c - group) % half;
+      const std::int64_t width = half / 4;  // consecutive columns
+      Byte& at = to[group / 2 + in % width / 4 * 16 + in / width * 4 + in % 4];
+      at = static_cast<Byte>(c - group < half ? unit[i] : at | unit[i] << 4);
     }
   }
 }
