@@ -59,12 +59,19 @@ enum class MoePath {
            // but the k ids
   Grouped,  // tokens sorted by expert: each expert that any token selected is read once
   Masked,   // all experts by dense products, unselected activations set to zero: bytes and work of
-           // the dense MLP
+            // the dense MLP
 };
 
 /// True if secret_moe() reads the packed weights of the layer: they are there and the context says
-/// Q16. Then the grouped path is none of its own (it is never the fastest) and masked is taken.
+/// Q16.
 bool uses_packed(const Context& ctx, const SecretMoeView& layer);
+
+/// Estimated ns of the two batched paths with packed weights, without the routing that both need.
+struct PathCosts {
+  double grouped = 0;
+  double masked = 0;
+};
+PathCosts packed_path_costs(const SecretMoeView& layer, std::int64_t n_tokens);
 
 /// The path that Auto takes for a batch of n_tokens.
 MoePath choose_moe_path(const Context& ctx, const SecretMoeView& layer, std::int64_t n_tokens);

@@ -7,6 +7,7 @@
 #include "kernels/cpu/secret_moe_paths.h"
 #include "kernels/cpu/target.h"
 #include "kernels/linear.h"
+#include "kernels/panels.h"
 #include "kernels/top_k.h"
 
 namespace moesaic::kernels {
@@ -15,6 +16,17 @@ namespace {
 // Tokens that are routed and kept together: bounds the scratch, and from here on a product is as
 // fast as it gets.
 constexpr std::int64_t kChunk = 512;
+
+// What the batched paths with packed weights cost beyond the routing that both need, two threads of
+// a Zen 4, SmolLM2-135M's layer with 128 shared and 256 of 1,408 experts in Q4_1, µs:
+//
+//   tokens      2     4     8    16    64
+//   grouped    54    89   171   303  1090
+//   masked    115   131   194   352  1200
+//   routing     8    16    32    64   256 (about 4 a token)
+constexpr double kNsPerGroupedElement = 0.059;  // neuron, token and column
+constexpr double kNsPerMaskedElement = 0.0167;  // likewise, every neuron counted
+constexpr double kNsPerByte = 0.033;            // of the panels, when few tokens share them
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
@@ -124,8 +136,6 @@ void add_partials(Context& ctx, std::span<const float> partial, Matrix y) {
   });
 }
 
-constexpr std::int64_t kPackedGatherTokens = 2;
-
 // SmolLM2-135M's layer (d_model 576, 128 shared and 384 of 1,408 experts in Q4_1), one thread of a
 // Zen 4, µs of CPU time per call, float32 (bfloat16):
 //
@@ -140,9 +150,23 @@ bool uses_packed(const Context& ctx, const SecretMoeView& layer) {
   return ctx.activations == Activations::Q16 && layer.all_down.panels != nullptr;
 }
 
+PathCosts packed_path_costs(const SecretMoeView& layer, std::int64_t n_tokens) {
+  const auto d_model = static_cast<double>(layer.d_model());
+  const auto tokens = static_cast<double>(n_tokens);
+  const auto n_neurons = static_cast<double>(layer.n_shared() + layer.n_experts());
+  const auto n_active = static_cast<double>(layer.n_shared() + layer.n_active);
+  const double bytes = static_cast<double>(panel_bytes(layer.all_gate) + panel_bytes(layer.all_up) +
+                                           panel_bytes(layer.all_down));
+  return {
+      .grouped = tokens * n_active * d_model * kNsPerGroupedElement,
+      .masked = std::max(tokens * n_neurons * d_model * kNsPerMaskedElement, bytes * kNsPerByte)};
+}
+
 MoePath choose_moe_path(const Context& ctx, const SecretMoeView& layer, std::int64_t n_tokens) {
   if (uses_packed(ctx, layer)) {
-    return n_tokens <= kPackedGatherTokens ? MoePath::Gather : MoePath::Masked;
+    if (n_tokens == 1) return MoePath::Gather;
+    const PathCosts costs = packed_path_costs(layer, n_tokens);
+    return costs.grouped < costs.masked ? MoePath::Grouped : MoePath::Masked;
   }
   if (n_tokens <= 4) return MoePath::Gather;
   return n_tokens <= 64 ? MoePath::Grouped : MoePath::Masked;
@@ -183,7 +207,9 @@ void secret_moe(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix 
         continue;
       }
       if (ids.empty()) ids = ctx.workspace.take<std::int32_t>(size(n * layer.n_active));
-      secret_moe_packed_masked(ctx, layer, x_part, y_part, ids);
+      const auto run =
+          path == MoePath::Grouped ? secret_moe_packed_grouped : secret_moe_packed_masked;
+      run(ctx, layer, x_part, y_part, ids);
       continue;
     }
     if (path == MoePath::Gather) {

@@ -19,6 +19,9 @@ std::int64_t n_panels(const WeightView& w) { return (w.rows + kPanelRows - 1) / 
 /// Room for a single vector as a tile of any kind.
 std::int64_t tile_bytes(std::int64_t cols) { return cols / 32 * kInt16TokenBytes + 64; }
 
+// Neurons that all tokens pass before the next ones come: they stay in the second-level cache.
+constexpr std::int64_t kBlockBytes = 640 * 1024;
+
 /// One thread's scratch of the gather path.
 struct Scratch {
   std::byte* x_tile;
@@ -146,10 +149,12 @@ void secret_moe_packed_gather(Context& ctx, const SecretMoeView& layer, ConstMat
   });
 }
 
-void secret_moe_packed_masked(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix y,
-                              std::span<std::int32_t> ids) {
+namespace {
+
+/// What the two paths for batches begin with: the selection, ids [n_tokens, k], y = b + P (Q x).
+void route_batch(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix y,
+                 std::span<std::int32_t> ids) {
   const std::int64_t n_experts = layer.n_experts();
-  const std::int64_t n_shared = layer.n_shared();
   const std::int64_t k = layer.n_active;
   const int n_threads = ctx.pool.n_threads();
   const Workspace::Scope scope(ctx.workspace);
@@ -159,14 +164,11 @@ void secret_moe_packed_masked(Context& ctx, const SecretMoeView& layer, ConstMat
   const Matrix z = take(layer.router_rank());
   const Matrix bypass_z = take(layer.bypass_rank());
   const Matrix scores = take(n_experts);
-  const Matrix h = take(n_shared + n_experts);
   const auto keys = ctx.workspace.take<std::uint32_t>(size(n_threads * n_experts));
-
   const std::array<LinearOutput, 2> inner = {LinearOutput{layer.router_v, z},
                                              LinearOutput{layer.bypass_q, bypass_z}};
   linear_group(ctx, {.x = x}, inner, Traffic::Router);
   if (n_experts > 0) linear(ctx, layer.router_u, z, scores, Traffic::Router);
-  gated_linear(ctx, {.x = x}, layer.phi, layer.all_gate, layer.all_up, h, Traffic::Experts);
   ctx.pool.run([&](int thread) {
     const Range tokens = split(x.rows, n_threads, thread);
     const auto own_keys = keys.subspan(size(thread * n_experts), size(n_experts));
@@ -174,18 +176,130 @@ void secret_moe_packed_masked(Context& ctx, const SecretMoeView& layer, ConstMat
       std::copy(layer.bias.begin(), layer.bias.end(), y.row(t));
       const std::span<float> row(scores.row(t), size(n_experts));
       for (std::size_t e = 0; e < row.size(); ++e) row[e] += layer.router_bias[e];
-      const auto chosen = ids.subspan(size(t * k), size(k));
-      top_k(row, chosen, own_keys);
-      // The scores have served; their row takes the activations that count.
-      float* routed = h.row(t) + n_shared;
-      std::fill(row.begin(), row.end(), 0.0f);
-      for (const std::int32_t id : chosen) row[size(id)] = routed[id] - layer.expert_mean[size(id)];
-      std::copy(row.begin(), row.end(), routed);
+      top_k(row, ids.subspan(size(t * k), size(k)), own_keys);
     }
   });
   if (layer.bypass_rank() > 0) {
     linear(ctx, layer.bypass_p, bypass_z, y, Traffic::Router, true);
   }
+}
+
+}  // namespace
+
+void secret_moe_packed_grouped(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix y,
+                               std::span<std::int32_t> ids) {
+  route_batch(ctx, layer, x, y, ids);
+  const std::int64_t d_model = layer.d_model();
+  const std::int64_t n_shared = layer.n_shared();
+  const std::int64_t n_neurons = n_shared + layer.n_experts();
+  const std::int64_t k = layer.n_active;
+  const int n_threads = ctx.pool.n_threads();
+  const DType dtype = layer.experts.dtype;
+  const std::int64_t input_bytes = (neuron_input_bytes(d_model) + 63) / 64 * 64;
+  const std::int64_t neuron_bytes = neuron_layout(dtype, d_model).neuron_bytes();
+  const Workspace::Scope scope(ctx.workspace);
+  const auto input_data = ctx.workspace.take<std::byte>(size(x.rows * input_bytes));
+  const auto inputs = ctx.workspace.take<NeuronInput>(size(x.rows));
+  const auto partial = ctx.workspace.take<float>(size(n_threads * x.rows * d_model));
+  const auto scratch = ctx.workspace.take<float>(size(n_threads * d_model));
+
+  // How many neurons are run before neuron `end`, over all tokens: shared ones by all of them.
+  const auto first_from = [&](std::int64_t t, std::int64_t expert) {
+    const auto begin = ids.begin() + t * k;
+    return std::lower_bound(begin, begin + k, static_cast<std::int32_t>(expert)) - begin;
+  };
+  const auto runs_before = [&](std::int64_t end) {
+    std::int64_t runs = std::min(end, n_shared) * x.rows;
+    for (std::int64_t t = 0; t < x.rows && end > n_shared; ++t)
+      runs += first_from(t, end - n_shared);
+    return runs;
+  };
+  // Every thread has a range of neurons, so that they stay in its second-level cache from token to
+  // token; ranges have equal numbers of runs.
+  const std::int64_t all_runs = x.rows * (n_shared + k);
+  const auto border = [&](std::int64_t part) {
+    std::int64_t low = 0, high = n_neurons;
+    while (low < high) {
+      const std::int64_t middle = (low + high) / 2;
+      if (runs_before(middle) * n_threads < all_runs * part) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return part == n_threads ? n_neurons : low;
+  };
+  const std::int64_t block = std::max<std::int64_t>(kBlockBytes / neuron_bytes, 64);
+
+  ctx.pool.run([&](int thread) {
+    const Range own_tokens = split(x.rows, n_threads, thread);
+    for (std::int64_t t = own_tokens.begin; t < own_tokens.end; ++t) {
+      inputs[size(t)] =
+          make_neuron_input(dtype, x.row(t), d_model, input_data.data() + t * input_bytes);
+    }
+    const Matrix sums(partial.data() + thread * x.rows * d_model, x.rows, d_model);
+    std::fill_n(sums.data, x.rows * d_model, 0.0f);
+    const std::int64_t begin = border(thread);
+    const std::int64_t end = border(thread + 1);
+    ctx.pool.barrier();
+
+    std::int64_t runs = 0;
+    for (std::int64_t first = begin; first < end; first += block) {
+      const std::int64_t last = std::min(first + block, end);
+      const std::int64_t n_own_shared = std::max<std::int64_t>(std::min(last, n_shared) - first, 0);
+      const std::int64_t low = std::max(first, n_shared) - n_shared;
+      const std::int64_t high = std::max(last, n_shared) - n_shared;
+      for (std::int64_t t = 0; t < x.rows; ++t) {
+        const std::int64_t begin_id = first_from(t, low);
+        const PackedNeurons lists[2] = {{.data = layer.shared_neurons,
+                                         .dtype = dtype,
+                                         .cols = d_model,
+                                         .first = first,
+                                         .count = n_own_shared},
+                                        {.data = layer.expert_neurons,
+                                         .dtype = dtype,
+                                         .cols = d_model,
+                                         .ids = ids.data() + t * k + begin_id,
+                                         .count = first_from(t, high) - begin_id,
+                                         .mean = layer.expert_mean.data()}};
+        for (const PackedNeurons& list : lists) {
+          if (list.count == 0) continue;
+          add_packed_neurons(ctx, list, layer.phi, inputs[size(t)], sums.row(t),
+                             scratch.data() + thread * d_model);
+          runs += list.count;
+        }
+      }
+    }
+    ctx.tally.add(Traffic::Experts, runs * neuron_bytes);
+  });
+  add_partials(ctx, partial, y);
+}
+
+void secret_moe_packed_masked(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix y,
+                              std::span<std::int32_t> ids) {
+  route_batch(ctx, layer, x, y, ids);
+  const std::int64_t n_experts = layer.n_experts();
+  const std::int64_t n_shared = layer.n_shared();
+  const std::int64_t k = layer.n_active;
+  const Workspace::Scope scope(ctx.workspace);
+  const std::int64_t n_neurons = n_shared + n_experts;
+  const Matrix h(ctx.workspace.take<float>(size(x.rows * n_neurons)).data(), x.rows, n_neurons);
+  gated_linear(ctx, {.x = x}, layer.phi, layer.all_gate, layer.all_up, h, Traffic::Experts);
+  const int n_threads = ctx.pool.n_threads();
+  ctx.pool.run([&](int thread) {
+    const Range tokens = split(x.rows, n_threads, thread);
+    for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
+      float* routed = h.row(t) + n_shared;
+      std::int64_t next = 0;
+      for (std::int64_t j = 0; j < k; ++j) {
+        const std::int64_t id = ids[size(t * k + j)];
+        std::fill(routed + next, routed + id, 0.0f);
+        routed[id] -= layer.expert_mean[size(id)];
+        next = id + 1;
+      }
+      std::fill(routed + next, routed + n_experts, 0.0f);
+    }
+  });
   linear(ctx, layer.all_down, h, y, Traffic::Experts, true);
 }
 

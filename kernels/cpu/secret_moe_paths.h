@@ -56,9 +56,11 @@ void bias_and_bypass(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Ma
 /// y += Σ_thread partial[thread], in thread order. partial [n_threads, n_tokens, d_model].
 void add_partials(Context& ctx, std::span<const float> partial, Matrix y);
 
-/// The two paths with packed weights (SecretMoeView), for Activations::Q16.
+/// The paths with packed weights (SecretMoeView), for Activations::Q16.
 void secret_moe_packed_gather(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix y,
                               std::span<std::int32_t> selected);
+void secret_moe_packed_grouped(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix y,
+                               std::span<std::int32_t> ids);
 void secret_moe_packed_masked(Context& ctx, const SecretMoeView& layer, ConstMatrix x, Matrix y,
                               std::span<std::int32_t> ids);
 
