@@ -22,6 +22,8 @@ std::int64_t tile_bytes(std::int64_t cols) { return cols / 32 * kInt16TokenBytes
 // Neurons that all tokens pass before the next ones come: they stay in the second-level cache.
 constexpr std::int64_t kBlockBytes = 640 * 1024;
 
+constexpr std::int64_t kHeadBytes = 4096;  // see panels_soon()
+
 /// One thread's scratch of the gather path.
 struct Scratch {
   std::byte* x_tile;
@@ -62,6 +64,17 @@ void multiply_vector(Context& ctx, const WeightView& w, Range panels, const floa
                    .y = Matrix(to, 1, w.rows),
                    .accumulate = accumulate});
   ctx.tally.add(Traffic::Router, panels.size() * panel_layout(w.dtype, w.cols).panel_bytes());
+}
+
+/// Fetches the first of these panels: a product has what follows fetched itself, but not what it
+/// begins with.
+[[gnu::always_inline]] inline void panels_soon(const WeightView& w, Range panels) {
+  if (w.rows == 0) return;
+  const std::int64_t bytes = panel_layout(w.dtype, w.cols).panel_bytes();
+  const std::byte* p = w.panels + panels.begin * bytes;
+  for (std::int64_t i = 0; i < std::min(panels.size() * bytes, kHeadBytes); i += 64) {
+    __builtin_prefetch(p + i, 0, 2);
+  }
 }
 
 void add_neurons(Context& ctx, const PackedNeurons& list, Activation phi, const NeuronInput& x,
@@ -108,9 +121,13 @@ void secret_moe_packed_gather(Context& ctx, const SecretMoeView& layer, ConstMat
     const auto own = [&](const WeightView& w) { return split(n_panels(w), n_threads, thread); };
     for (std::int64_t t = 0; t < x.rows; ++t) {
       const float* x_t = x.row(t);
-      packed_neurons_soon(shared);
+      panels_soon(layer.router_v, own(layer.router_v));
+      panels_soon(layer.bypass_q, own(layer.bypass_q));
+      panels_soon(layer.router_u, own(layer.router_u));
       multiply_vector(ctx, layer.router_v, own(layer.router_v), x_t, s.x_tile, z);
       multiply_vector(ctx, layer.bypass_q, own(layer.bypass_q), x_t, s.x_tile, bypass_z);
+      panels_soon(layer.bypass_p, own(layer.bypass_p));
+      packed_neurons_soon(shared);
       ctx.pool.barrier();
 
       const Range panels = own(layer.router_u);
