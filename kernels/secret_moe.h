@@ -40,9 +40,9 @@ struct SecretMoeView {
   const std::byte* expert_neurons = nullptr;  // likewise
   // All neurons, the shared ones first, as a dense MLP, in panels alone, for batches. The down
   // matrix is rounded to bfloat16: its file format has scales along the wrong side.
-  WeightView all_gate;  // [n_shared + n_experts, d_model]
-  WeightView all_up;    // the same
-  WeightView all_down;  // [d_model, n_shared + n_experts], BF16
+  WeightView all_gate = {};  // [n_shared + n_experts, d_model]
+  WeightView all_up = {};    // the same
+  WeightView all_down = {};  // [d_model, n_shared + n_experts], BF16
 
   std::int64_t d_model() const { return static_cast<std::int64_t>(bias.size()); }
   std::int64_t n_shared() const { return shared.rows / 3; }

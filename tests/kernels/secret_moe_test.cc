@@ -9,102 +9,12 @@
 
 #include "kernels/base/error.h"
 #include "kernels/quant.h"
-#include "tests/kernels/packed.h"
-#include "tests/kernels/support.h"
-#include "tests/reference/secret_moe.h"
+#include "tests/kernels/moe_layer.h"
 
 namespace moesaic::kernels {
 namespace {
 
 constexpr MoePath kPaths[] = {MoePath::Gather, MoePath::Grouped, MoePath::Masked, MoePath::Auto};
-
-struct Options {
-  DType experts = DType::Q4_1;
-  DType router = DType::Q8_0;
-  std::int64_t d_model = 96;
-  std::int64_t n_shared = 5;
-  std::int64_t n_experts = 40;
-  std::int64_t n_active = 11;
-  std::int64_t router_rank = 32;
-  std::int64_t bypass_rank = 32;
-};
-
-/// A random layer that owns its weights.
-struct Layer {
-  explicit Layer(const Options& o)
-      : shared(o.experts, 3 * o.n_shared, o.d_model, 1, 0.2f),
-        experts(o.experts, 3 * o.n_experts, o.d_model, 2, 0.2f),
-        router_v(o.router, o.n_experts == 0 ? 0 : o.router_rank, o.d_model, 3, 0.1f),
-        router_u(o.router, o.n_experts, o.n_experts == 0 ? 0 : o.router_rank, 4),
-        mean(normal_values(size(o.n_experts), 5, 0.1f)),
-        router_bias(normal_values(size(o.n_experts), 6)),
-        bias(normal_values(size(o.d_model), 9)) {
-    if (o.bypass_rank > 0) {
-      bypass_q = Packed(o.router, o.bypass_rank, o.d_model, 7, 0.1f);
-      bypass_p = Packed(o.router, o.d_model, o.bypass_rank, 8);
-    }
-    view = {.n_active = o.n_active,
-            .shared = shared.view(),
-            .experts = experts.view(),
-            .expert_mean = mean,
-            .router_v = router_v.view(),
-            .router_u = router_u.view(),
-            .router_bias = router_bias,
-            .bypass_q = bypass_q.view(),
-            .bypass_p = bypass_p.view(),
-            .bias = bias};
-  }
-  Layer(const Layer&) = delete;
-  Layer& operator=(const Layer&) = delete;
-
-  Packed shared, experts, router_v, router_u, bypass_q, bypass_p;
-  std::vector<float> mean, router_bias, bias;
-  SecretMoeView view;
-};
-
-struct Result {
-  std::vector<float> y;
-  std::vector<std::int32_t> ids;
-};
-
-Result run(Lender& lender, const SecretMoeView& layer, const std::vector<float>& x, MoePath path) {
-  const std::int64_t n = static_cast<std::int64_t>(x.size()) / layer.d_model();
-  Result r{std::vector<float>(x.size()), std::vector<std::int32_t>(size(n * layer.n_active))};
-  secret_moe(lender.ctx, layer, ConstMatrix(x.data(), n, layer.d_model()),
-             Matrix(r.y.data(), n, layer.d_model()), path, r.ids);
-  return r;
-}
-
-/// The selection is the reference's but for scores that differ by rounding; the output is that of
-/// the selection made.
-void expect_layer(const SecretMoeView& layer, const std::vector<float>& x, const Result& found,
-                  double relative_error = 16 * kEps) {
-  const std::int64_t n = static_cast<std::int64_t>(x.size()) / layer.d_model();
-  const ConstMatrix x_rows(x.data(), n, layer.d_model());
-  const reference::SecretMoe expected = reference::secret_moe(layer, x_rows, found.ids);
-  const std::size_t k = size(layer.n_active);
-  for (std::size_t t = 0; t < size(n); ++t) {
-    const std::size_t row = t * size(layer.n_experts());
-    const std::set<std::int32_t> own(found.ids.begin() + static_cast<std::ptrdiff_t>(t * k),
-                                     found.ids.begin() + static_cast<std::ptrdiff_t>((t + 1) * k));
-    ASSERT_EQ(own.size(), k);
-    double lowest = HUGE_VAL;
-    for (const std::int32_t id : own) {
-      const std::size_t i = row + size(id);
-      lowest = std::min(lowest, expected.scores[i] + relative_error * expected.score_magnitude[i]);
-    }
-    for (std::int32_t e = 0; e < layer.n_experts(); ++e) {
-      if (own.contains(e)) continue;
-      const std::size_t i = row + size(e);
-      ASSERT_LE(expected.scores[i], lowest + relative_error * expected.score_magnitude[i])
-          << "expert " << e << " is left out";
-    }
-  }
-  for (std::size_t i = 0; i < found.y.size(); ++i) {
-    ASSERT_NEAR(found.y[i], expected.y[i], relative_error * expected.magnitude[i] + 1e-30)
-        << "element " << i;
-  }
-}
 
 class SecretMoe : public OnEachTarget {};
 INSTANTIATE_TEST_SUITE_P(Targets, SecretMoe, every_target(), target_name);
@@ -112,17 +22,17 @@ INSTANTIATE_TEST_SUITE_P(Targets, SecretMoe, every_target(), target_name);
 TEST_P(SecretMoe, EveryPathAndFormatEqualsReference) {
   for (const DTypeTraits& t : kDTypes) {
     if (!can_quantize(t.dtype)) continue;
-    Layer layer({.experts = t.dtype, .router = t.dtype});
+    MoeLayer layer({.experts = t.dtype, .router = t.dtype});
     for (const Activation phi : {Activation::Silu, Activation::GeluTanh}) {
       layer.view.phi = phi;
       for (const std::int64_t n_tokens : {1, 6, 19}) {
         const std::vector<float> x = normal_values(size(n_tokens * 96), 10);
         Lender lender(2);
-        const Result first = run(lender, layer.view, x, MoePath::Gather);
+        const MoeResult first = run(lender, layer.view, x, MoePath::Gather);
         for (const MoePath path : kPaths) {
           SCOPED_TRACE(testing::Message()
                        << t.name << " tokens " << n_tokens << " path " << static_cast<int>(path));
-          const Result r = run(lender, layer.view, x, path);
+          const MoeResult r = run(lender, layer.view, x, path);
           EXPECT_EQ(r.ids, first.ids);
           expect_layer(layer.view, x, r);
         }
@@ -133,7 +43,7 @@ TEST_P(SecretMoe, EveryPathAndFormatEqualsReference) {
 
 TEST_P(SecretMoe, KFormats) {
   for (const DType dtype : {DType::Q4_K, DType::Q5_K, DType::Q6_K}) {
-    const Layer layer({.experts = dtype, .router = DType::Q8_0, .d_model = 512});
+    const MoeLayer layer({.experts = dtype, .router = DType::Q8_0, .d_model = 512});
     const std::vector<float> x = normal_values(3 * 512, 10, 0.1f);
     Lender lender(2);
     for (const MoePath path : kPaths) {
@@ -143,7 +53,7 @@ TEST_P(SecretMoe, KFormats) {
 }
 
 TEST_P(SecretMoe, Edges) {
-  const Options edges[] = {
+  const MoeOptions edges[] = {
       {.n_active = 0},
       {.n_active = 40},
       {.n_shared = 0},
@@ -158,18 +68,18 @@ TEST_P(SecretMoe, Edges) {
        .router_rank = 3,
        .bypass_rank = 2},
   };
-  for (const Options& o : edges) {
-    const Layer layer(o);
+  for (const MoeOptions& o : edges) {
+    const MoeLayer layer(o);
     for (const int n_threads : {1, 2, 3, 4}) {
       for (const std::int64_t n_tokens : {1, 5}) {
         const std::vector<float> x = normal_values(size(n_tokens * o.d_model), 10);
         Lender lender(n_threads);
-        const Result first = run(lender, layer.view, x, MoePath::Gather);
+        const MoeResult first = run(lender, layer.view, x, MoePath::Gather);
         for (const MoePath path : kPaths) {
           SCOPED_TRACE(testing::Message()
                        << "edge " << (&o - edges) << " threads " << n_threads << " tokens "
                        << n_tokens << " path " << static_cast<int>(path));
-          const Result r = run(lender, layer.view, x, path);
+          const MoeResult r = run(lender, layer.view, x, path);
           EXPECT_EQ(r.ids, first.ids);
           expect_layer(layer.view, x, r);
           EXPECT_EQ(r.y, run(lender, layer.view, x, path).y) << "a second run differs";
@@ -180,7 +90,7 @@ TEST_P(SecretMoe, Edges) {
 }
 
 TEST_P(SecretMoe, EmptyBatch) {
-  const Layer layer({});
+  const MoeLayer layer({});
   Lender lender(2);
   for (const MoePath path : kPaths) {
     EXPECT_TRUE(run(lender, layer.view, {}, path).y.empty());
@@ -189,26 +99,26 @@ TEST_P(SecretMoe, EmptyBatch) {
 }
 
 TEST_P(SecretMoe, LongBatchInChunks) {
-  const Layer layer({.d_model = 32, .n_experts = 20, .n_active = 3});
+  const MoeLayer layer({.d_model = 32, .n_experts = 20, .n_active = 3});
   const std::vector<float> x = normal_values(1100 * 32, 10);
   Lender lender(2);
-  const Result first = run(lender, layer.view, x, MoePath::Gather);
+  const MoeResult first = run(lender, layer.view, x, MoePath::Gather);
   for (const MoePath path : {MoePath::Grouped, MoePath::Masked}) {
-    const Result r = run(lender, layer.view, x, path);
+    const MoeResult r = run(lender, layer.view, x, path);
     EXPECT_EQ(r.ids, first.ids);
     expect_layer(layer.view, x, r);
   }
 }
 
 TEST_P(SecretMoe, TiesPickLowestId) {
-  Layer layer({});
+  MoeLayer layer({});
   // Without a router's say, all experts are equal.
   const std::vector<float> no_bias(40, 0.5f);
   layer.view.router_bias = no_bias;
   const std::vector<float> x(3 * 96, 0.0f);
   Lender lender(2);
   for (const MoePath path : kPaths) {
-    const Result r = run(lender, layer.view, x, path);
+    const MoeResult r = run(lender, layer.view, x, path);
     for (std::size_t i = 0; i < r.ids.size(); ++i) {
       EXPECT_EQ(r.ids[i], static_cast<std::int32_t>(i % 11));
     }
@@ -216,14 +126,14 @@ TEST_P(SecretMoe, TiesPickLowestId) {
 }
 
 TEST_P(SecretMoe, NanInputSelectsValidIds) {
-  const Layer layer({});
+  const MoeLayer layer({});
   std::vector<float> x = normal_values(5 * 96, 10);
   x[2 * 96 + 7] = kNan;
   x[3 * 96 + 1] = kInf;
   const std::vector<float> clean(x.begin(), x.begin() + 2 * 96);
   Lender lender(2);
   for (const MoePath path : kPaths) {
-    const Result r = run(lender, layer.view, x, path);
+    const MoeResult r = run(lender, layer.view, x, path);
     for (std::size_t t = 0; t < 5; ++t) {
       for (std::size_t j = 0; j < 11; ++j) {
         const std::int32_t id = r.ids[t * 11 + j];
@@ -231,20 +141,21 @@ TEST_P(SecretMoe, NanInputSelectsValidIds) {
         EXPECT_LT(id, 40);
       }
     }
-    const Result sound = {{r.y.begin(), r.y.begin() + 2 * 96}, {r.ids.begin(), r.ids.begin() + 22}};
+    const MoeResult sound = {{r.y.begin(), r.y.begin() + 2 * 96},
+                             {r.ids.begin(), r.ids.begin() + 22}};
     expect_layer(layer.view, clean, sound);
   }
 }
 
 TEST_P(SecretMoe, Bf16Activations) {
-  const Layer layer({});
+  const MoeLayer layer({});
   std::vector<float> x = normal_values(20 * 96, 10);
   for (float& v : x) v = bf16_to_f32(f32_to_bf16(v));
   Lender lender(2);
   lender.ctx.activations = Activations::BF16;
-  const Result first = run(lender, layer.view, x, MoePath::Gather);
+  const MoeResult first = run(lender, layer.view, x, MoePath::Gather);
   for (const MoePath path : kPaths) {
-    const Result r = run(lender, layer.view, x, path);
+    const MoeResult r = run(lender, layer.view, x, path);
     EXPECT_EQ(r.ids, first.ids);
     // Operands of two products in a row are rounded to eight bits, an error of 2⁻⁹ each.
     expect_layer(layer.view, x, r, 4 * 0x1p-9);
@@ -252,11 +163,11 @@ TEST_P(SecretMoe, Bf16Activations) {
 }
 
 TEST_P(SecretMoe, TallyIsExactlyTheBytesRead) {
-  const Layer layer({});
+  const MoeLayer layer({});
   const std::vector<float> x = normal_values(6 * 96, 10);
   for (const int n_threads : {1, 2, 4}) {
     Lender lender(n_threads);
-    const Result r = run(lender, layer.view, x, MoePath::Gather);
+    const MoeResult r = run(lender, layer.view, x, MoePath::Gather);
     const reference::MoeBytes gather = reference::gather_bytes(layer.view, 6);
     EXPECT_EQ(lender.tally.bytes(Traffic::Router), gather.router);
     EXPECT_EQ(lender.tally.bytes(Traffic::Experts), gather.experts);
@@ -317,14 +228,14 @@ TEST_P(SecretMoe, UnselectedExpertsAreNotTouched) {
   // An expert of 3 · 4096 bytes is three whole pages.
   for (const DType dtype : {DType::F32, DType::BF16}) {
     const std::int64_t d_model = dtype == DType::F32 ? 1024 : 2048;
-    Layer layer({.experts = dtype, .d_model = d_model, .n_experts = 30, .n_active = 4});
+    MoeLayer layer({.experts = dtype, .d_model = d_model, .n_experts = 30, .n_active = 4});
     const std::vector<float> x = normal_values(size(3 * d_model), 10);
     for (const std::int64_t n_tokens : {1, 3}) {
       const std::vector<float> part(x.begin(), x.begin() + n_tokens * d_model);
       for (const MoePath path : {MoePath::Gather, MoePath::Grouped}) {
         layer.view.experts = layer.experts.view();
         Lender lender(2);
-        const Result plain = run(lender, layer.view, part, path);
+        const MoeResult plain = run(lender, layer.view, part, path);
         const std::set<std::int32_t> chosen(plain.ids.begin(), plain.ids.end());
         const GuardedExperts guarded(layer.experts.view(), chosen);
         EXPECT_EQ(guarded.n_guarded(), 3 * (30 - chosen.size()));
@@ -336,7 +247,7 @@ TEST_P(SecretMoe, UnselectedExpertsAreNotTouched) {
 }
 
 TEST(SecretMoeWorkspace, SteadyStateAllocatesNothing) {
-  const Layer layer({});
+  const MoeLayer layer({});
   const std::vector<float> x = normal_values(96, 10);
   Lender lender(2);
   run(lender, layer.view, x, MoePath::Gather);
@@ -347,7 +258,7 @@ TEST(SecretMoeWorkspace, SteadyStateAllocatesNothing) {
 
 template <class Change>
 void expect_shape_error(Change&& change, std::string_view part) {
-  Layer layer({});
+  MoeLayer layer({});
   change(layer.view);
   try {
     check_shapes(layer.view);
@@ -358,7 +269,7 @@ void expect_shape_error(Change&& change, std::string_view part) {
 }
 
 TEST(SecretMoeShape, ErrorsNameThePart) {
-  EXPECT_NO_THROW(check_shapes(Layer({}).view));
+  EXPECT_NO_THROW(check_shapes(MoeLayer({}).view));
   expect_shape_error([](SecretMoeView& v) { v.n_active = 41; }, "n_active is 41, expected 0 to 40");
   expect_shape_error([](SecretMoeView& v) { v.n_active = -1; }, "n_active");
   expect_shape_error([](SecretMoeView& v) { v.bias = {}; }, "bias");
@@ -376,7 +287,7 @@ TEST(SecretMoeShape, ErrorsNameThePart) {
 }
 
 TEST(SecretMoeShape, BatchMustFit) {
-  const Layer layer({});
+  const MoeLayer layer({});
   std::vector<float> x(96 * 2);
   std::vector<float> y(96 * 2);
   std::vector<std::int32_t> ids(11);
