@@ -114,6 +114,10 @@ class GgufFile {
   /// expected [576, 1536]"). dims slowest first.
   const GgufTensor& expect(std::string_view name, std::span<const std::int64_t> dims) const;
 
+  /// Lets go of the memory that holds what was read so far; the tensors stay valid and come back
+  /// from the file where they are read again.
+  void drop_pages() const;
+
  private:
   GgufFile() = default;
   std::filesystem::path path_;

@@ -36,6 +36,7 @@ std::shared_ptr<const Checkpoint> with_panels(const Checkpoint& checkpoint, Thre
   auto result = std::make_shared<Checkpoint>(checkpoint);
   pack_all(*result, pool, pieces);
   result->panels = std::move(buffer);
+  result->file->drop_pages();
   return result;
 }
 

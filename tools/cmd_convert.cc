@@ -114,6 +114,7 @@ void add_convert(CLI::App& app, Action& action) {
   cmd->add_option("--seed", convert_options.seed, "Seed of everything that is drawn")
       ->check(integer_between(0, std::numeric_limits<std::int64_t>::max()))
       ->capture_default_str();
+  options->run.activations = "f32";
   add_run_options(*cmd, options->run);
   cmd->footer(
       R"(Leaves OUT.gguf, OUT.gguf.report.json and OUT.gguf.report.html. While it runs, finished layers

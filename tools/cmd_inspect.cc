@@ -270,6 +270,7 @@ void add_inspect(CLI::App& app, Action& action) {
   CLI::Option* text =
       cmd->add_option("-p,--prompt", options->text, "Also show which experts fire for this text");
   add_output_option(*cmd, options->format, {"md", "json"});
+  options->run.activations = "f32";
   add_run_options(*cmd, options->run);
   cmd->footer(R"(Examples:
   moesaic inspect hybrid.gguf

@@ -104,6 +104,7 @@ void add_score(CLI::App& app, Action& action) {
   cmd->add_option("--chunks", options->chunks.n_chunks, "Chunks to score (default: all)")
       ->check(integer_between(1, std::int64_t{1} << 40));
   add_output_option(*cmd, options->format, {"json", "md"});
+  options->run.activations = "f32";
   add_run_options(*cmd, options->run);
   cmd->footer(R"(No BOS is added. nll[i] belongs to ids[i+1]; null where that id opens a chunk.
 

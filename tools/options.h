@@ -23,7 +23,7 @@ int available_cores();
 struct RunOptions {
   int threads = available_cores();
   std::string device = "cpu";
-  std::string activations = "f32";
+  std::string activations = "q16";
   bool quiet = false;
 };
 void add_run_options(CLI::App& cmd, RunOptions& options);
