@@ -10,17 +10,18 @@ namespace moesaic::kernels {
 
 /// The order in which the fast path reads single neurons (w_gate, w_up, w_down), one contiguous run
 /// of bytes each, a multiple of 64. Made at load time; every code and every scale is the file's
-/// own, only moved. Each of the three rows begins with its scales, d (and m) in float16, one per
-/// unit of 32 columns. Then the codes:
+/// own, only moved. BF16 rows stay as they are. The others begin with their scales, d (and m) in
+/// float16, one per unit of 32 columns. Then the codes, Q8_0's as code + 128:
 ///
-///   gate, up    Per 512 columns (16 units) 4 groups of [16 units][4] bytes (Q8_0: 8 groups):
-///   column
-///               c of a unit in a low nibble, 16 + c in the high one. What remains, per 128
-///               columns: 64 bytes, column c in a low nibble, 64 + c in the high one; 32 bytes for
-///               a last 64. Q8_0: code + 128, the rest in order. BF16: the row
-///   down        Per 128 columns 64 bytes, byte 16 l + 4 i + e is column 16 i + 4 l + e in its low
-///               nibble and 64 more in the high one; for a last 64 columns 32 bytes, 8 i + 4 l + e
-///               and 32 more. Q8_0: code + 128, per 64 columns as the low nibbles. BF16: the row
+/// - gate and up, per 512 columns (16 units): 4 groups of [16 units][4] bytes, column c of a unit
+/// in
+///   a low nibble and 16 + c in the high one; Q8_0: 8 groups.
+/// - gate and up, what remains, per 128 columns: 64 bytes, column c in a low nibble and 64 + c in
+///   the high one; 32 bytes for a last 64 columns. Q8_0: in order.
+/// - down, per 128 columns: 64 bytes, byte 16 l + 4 i + e is column 16 i + 4 l + e in its low
+/// nibble
+///   and 64 more in the high one; for a last 64 columns 32 bytes, 8 i + 4 l + e and 32 more. Q8_0:
+///   per 64 columns as the low nibbles.
 struct NeuronLayout {
   std::int64_t scale_bytes = 0;  // of one row
   std::int64_t code_bytes = 0;   // of one row

@@ -46,7 +46,7 @@ inline constexpr std::int64_t kPanelRows = 16;
 inline constexpr std::int64_t kUnitColumns = 32;
 
 /// True if rows of this format and length can be laid out in panels: the quantised formats and
-/// BF16, a multiple of 32 columns.
+/// BF16, a multiple of 32 columns and of the format's block.
 bool has_panels(DType dtype, std::int64_t cols);
 
 /// Layout of one panel; has_panels(dtype, cols).

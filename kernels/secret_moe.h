@@ -51,8 +51,10 @@ struct SecretMoeView {
   std::int64_t bypass_rank() const { return bypass_q.rows; }
 };
 
-/// How a batch is computed. All paths give the same selection and, up to float32 summation order,
-/// the same result.
+/// How a batch is computed. All paths make the same selection, and up to float32 summation order
+/// give the same result. With packed weights (Activations::Q16) results agree to the precision of
+/// their products: masked rounds the down rows and their activations to bfloat16 (2⁻⁹ each); the
+/// others multiply the file's codes by 16-bit coefficients, of which 16 neurons share a scale.
 enum class MoePath {
   Auto,  // by batch size, see choose_moe_path
   Gather,  // token by token: router → top-k → gather → expert → scatter-add, fused, nothing kept

@@ -22,7 +22,7 @@ HugeBuffer::HugeBuffer(std::size_t bytes) : size_(bytes) {
   // One page more than needed, so that a multiple of the page size lies within; the rest goes back.
   const std::size_t length = rounded_up(bytes);
   void* mapped = mmap(nullptr, length + kHugePage, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   require<IoError>(mapped != MAP_FAILED, "memory: {} bytes for weights refused: {}", length,
                    std::strerror(errno));
   auto* first = static_cast<std::byte*>(mapped);

@@ -24,6 +24,10 @@ bool uses_panels(const Context& ctx, const WeightView& w) {
 
 void check_shapes(const LinearInput& input, const LinearOutput& output) {
   const ConstMatrix& x = input.x;
+  const auto norm_length = static_cast<std::int64_t>(input.norm.size());
+  require<ShapeError>(norm_length == 0 || norm_length == x.cols,
+                      "linear: norm of {} weights for X [{}, {}], expected {}", norm_length, x.rows,
+                      x.cols, x.cols);
   const WeightView& w = output.w;
   require<ShapeError>(x.cols == w.cols && output.y.rows == x.rows && output.y.cols == w.rows,
                       "linear: X [{}, {}] by W [{}, {}] into Y [{}, {}], expected Y [{}, {}]",

@@ -191,15 +191,13 @@ struct Format {
 // of two digits, a_j ≈ scale (128 high_j + low_j), scale = max_j |a_j| / (127 · 128). A quad holds
 // one digit of four neurons.
 struct Coefficients {
-  float* a;            // [kBatch, n_units]
   std::int32_t* high;  // [kBatch / 4, n_units]
   std::int32_t* low;   // likewise
   float* scale;        // [n_units]
   float* constant;     // [n_units], what minima or bias add to every column
 
   Coefficients(float* scratch, std::int64_t n_units)
-      : a(scratch),
-        high(reinterpret_cast<std::int32_t*>(a + kBatch * n_units)),
+      : high(reinterpret_cast<std::int32_t*>(scratch)),
         low(high + kBatch / 4 * n_units),
         scale(reinterpret_cast<float*>(low + kBatch / 4 * n_units)),
         constant(scale + n_units) {}

@@ -10,7 +10,8 @@
 namespace moesaic::kernels {
 
 /// A vector as it enters products with packed neurons (neurons.h): the numbers of panel_product.h's
-/// tiles in rows of their own.
+/// tiles. Digits stand in the order of the gate and up rows' codes: per 512 columns 8 groups of
+/// [16 units][4], what remains in order.
 struct NeuronInput {
   std::int8_t* high = nullptr;    // [cols]
   std::int8_t* low = nullptr;     // [cols]

@@ -77,7 +77,8 @@ bool can_pack(const SecretMoeView& moe) {
   const auto panels = [](const WeightView& w) {
     return w.rows == 0 || has_panels(w.dtype, w.cols);
   };
-  return moe.shared.dtype == moe.experts.dtype && has_neurons(moe.experts.dtype, moe.d_model()) &&
+  return (moe.n_shared() == 0 || moe.shared.dtype == moe.experts.dtype) &&
+         has_neurons(moe.experts.dtype, moe.d_model()) &&
          has_panels(moe.experts.dtype, moe.d_model()) &&
          has_panels(DType::BF16, moe.n_shared() + moe.n_experts()) && panels(moe.router_v) &&
          panels(moe.router_u) && panels(moe.bypass_q) && panels(moe.bypass_p);
@@ -90,7 +91,7 @@ void pack_secret_moe(SecretMoeView& moe, ThreadPool& pool, Pieces& pieces) {
   for (WeightView* w : {&moe.router_v, &moe.router_u, &moe.bypass_q, &moe.bypass_p}) {
     if (w->rows > 0) pack_matrix(*w, pool, pieces);
   }
-  moe.shared_neurons = all_neurons(moe.shared, pool, pieces);
+  if (moe.n_shared() > 0) moe.shared_neurons = all_neurons(moe.shared, pool, pieces);
   moe.expert_neurons = all_neurons(moe.experts, pool, pieces);
   moe.all_gate = gathered_panels(moe, 0, pool, pieces);
   moe.all_up = gathered_panels(moe, 1, pool, pieces);

@@ -104,8 +104,10 @@ HWY_INLINE F dot_bf16(F sum, U w, const std::uint16_t* x) {
   return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)pair);
 }
 
-HWY_INLINE void prefetch(const Byte* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+/// Asks for the line `ahead` bytes beyond p, which may lie outside p's object.
+HWY_INLINE void prefetch(const Byte* p, std::uintptr_t ahead) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + ahead),
+               _MM_HINT_T0);
 }
 
 #elif HWY_TARGET == HWY_AVX2
@@ -191,8 +193,10 @@ HWY_INLINE F dot_bf16(F sum, U w, const std::uint16_t* x) {
                  _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)), second);
 }
 
-HWY_INLINE void prefetch(const Byte* p) {
-  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0);
+/// Asks for the line `ahead` bytes beyond p, which may lie outside p's object.
+HWY_INLINE void prefetch(const Byte* p, std::uintptr_t ahead) {
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<std::uintptr_t>(p) + ahead),
+               _MM_HINT_T0);
 }
 
 #else
@@ -267,7 +271,7 @@ HWY_INLINE F dot_bf16(F sum, U w, const std::uint16_t* x) {
   sum += bf16_to_f32(pair[1]) * bf16_to_f32(x[1]);
   return sum + bf16_to_f32(pair[0]) * bf16_to_f32(x[0]);
 }
-HWY_INLINE void prefetch(const Byte*) {}
+HWY_INLINE void prefetch(const Byte*, std::uintptr_t) {}
 
 #endif
 

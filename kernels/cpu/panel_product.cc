@@ -155,12 +155,12 @@ HWY_INLINE void put(const Tokens& to, int token, F sum) {
 
 // How far ahead of its use a panel's memory is asked for: the hardware's prefetcher stops at each
 // 4 KiB.
-constexpr std::int64_t kAhead = 2048;
+constexpr std::uintptr_t kAhead = 2048;
 
 template <int bytes>
 HWY_INLINE void prefetch_lines(const Byte* p) {
 #pragma GCC unroll 16
-  for (int i = 0; i < bytes; i += 64) prefetch(p + i);
+  for (int i = 0; i < bytes; i += 64) prefetch(p, kAhead + static_cast<std::uintptr_t>(i));
 }
 
 template <class Format, int n, int... g>
@@ -222,10 +222,10 @@ HWY_NOINLINE void int16_tokens(const Byte* panel, std::int64_t n_units, int row,
   for (int t = 0; t < n; ++t) total[t] = zero();
   for (std::int64_t left = n_units; left > 0; left -= Format::kStripUnits) {
     const Byte* header = panel;
-    if (row == 0) prefetch_lines<Format::kHeaderBytes>(panel + kAhead);
+    if (row == 0) prefetch_lines<Format::kHeaderBytes>(panel);
     panel += Format::kHeaderBytes;
     for (int i = 0; i < Format::kStripUnits && i < left; ++i) {
-      if (row == 0) prefetch_lines<Format::kUnitBytes>(panel + kAhead);
+      if (row == 0) prefetch_lines<Format::kUnitBytes>(panel);
       const auto* high = reinterpret_cast<const std::int8_t*>(tile) + 32 * to.first;
       const auto* low = high + 32 * to.n_tile;
       const auto* d = reinterpret_cast<const float*>(tile + 64 * to.n_tile) + to.first;
@@ -262,8 +262,7 @@ HWY_NOINLINE void bf16_tokens(const Byte* panel, std::int64_t n_units, int row, 
     const auto* x = reinterpret_cast<const std::uint16_t*>(tile) + 32 * to.first;
 #pragma GCC unroll 8
     for (int g = 0; g < 16; g += 2) {
-      if (row == 0) prefetch(panel + kAhead + 64 * g);
-      if (row == 0) prefetch(panel + kAhead + 64 * g + 64);
+      if (row == 0) prefetch_lines<128>(panel + 64 * g);
       const U w0 = load_codes(panel + 64 * g + 4 * row);
       const U w1 = load_codes(panel + 64 * g + 64 + 4 * row);
 #pragma GCC unroll 8
@@ -364,6 +363,8 @@ void multiply(const PanelProduct& p) {
   static const bool has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
   static const bool has_bf16 = __builtin_cpu_supports("avx512bf16") != 0;
   if (p.dtype == DType::BF16 ? !has_bf16 : !has_vnni) return N_AVX2::multiply(p);
+#elif HWY_TARGET == HWY_AVX3 && !(defined(__AVX512VNNI__) && defined(__AVX512BF16__))
+#error "a build for AVX-512 alone must be for a machine with VNNI and bfloat16"
 #endif
   switch (p.dtype) {
     case DType::BF16:

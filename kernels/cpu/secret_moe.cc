@@ -136,16 +136,6 @@ void add_partials(Context& ctx, std::span<const float> partial, Matrix y) {
   });
 }
 
-// SmolLM2-135M's layer (d_model 576, 128 shared and 384 of 1,408 experts in Q4_1), one thread of a
-// Zen 4, µs of CPU time per call, float32 (bfloat16):
-//
-//   tokens        1     4     8    16    32    64     512
-//   gather      118   660  1045  1835  3714  7711   55677
-//   grouped     282   716  1107  1824  2558  4125   41545 (45420)
-//   masked     1123  1402  1502  2064  4191  6418   44113 (25073)
-//
-// Gather has three barriers a token, which a busy machine makes expensive; grouped has five calls
-// of the pool a batch.
 bool uses_packed(const Context& ctx, const SecretMoeView& layer) {
   return ctx.activations == Activations::Q16 && layer.all_down.panels != nullptr;
 }
@@ -162,6 +152,17 @@ PathCosts packed_path_costs(const SecretMoeView& layer, std::int64_t n_tokens) {
       .masked = std::max(tokens * n_neurons * d_model * kNsPerMaskedElement, bytes * kNsPerByte)};
 }
 
+// SmolLM2-135M's layer (d_model 576, 128 shared and 384 of 1,408 experts in Q4_1), one thread of a
+// Zen 4, µs of CPU time per call, float32 (bfloat16), without
+// packed weights:
+//
+//   tokens        1     4     8    16    32    64     512
+//   gather      118   660  1045  1835  3714  7711   55677
+//   grouped     282   716  1107  1824  2558  4125   41545 (45420)
+//   masked     1123  1402  1502  2064  4191  6418   44113 (25073)
+//
+// Gather has three barriers a token, which a busy machine makes expensive; grouped has five calls
+// of the pool a batch.
 MoePath choose_moe_path(const Context& ctx, const SecretMoeView& layer, std::int64_t n_tokens) {
   if (uses_packed(ctx, layer)) {
     if (n_tokens == 1) return MoePath::Gather;

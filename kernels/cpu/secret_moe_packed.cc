@@ -27,13 +27,12 @@ constexpr std::int64_t kHeadBytes = 4096;  // see panels_soon()
 /// One thread's scratch of the gather path.
 struct Scratch {
   std::byte* x_tile;
-  std::byte* z_tile;        // of the router's or the bypass's inner vector
-  std::byte* expert_input;  // NeuronInput
-  std::byte* shared_input;  // likewise
-  float* neuron_floats;     // [d_model]
-  float* sum;               // [d_model]
-  std::uint32_t* keys;      // [n_experts]
-  std::int32_t* ids;        // [n_active]
+  std::byte* z_tile;     // of the router's or the bypass's inner vector
+  std::byte* input;      // NeuronInput
+  float* neuron_floats;  // [d_model]
+  float* sum;            // [d_model]
+  std::uint32_t* keys;   // [n_experts]
+  std::int32_t* ids;     // [n_active]
 };
 
 Scratch take_scratch(Workspace& w, const SecretMoeView& layer) {
@@ -41,8 +40,7 @@ Scratch take_scratch(Workspace& w, const SecretMoeView& layer) {
   const std::int64_t inner = std::max(layer.router_rank(), layer.bypass_rank());
   return {.x_tile = w.take<std::byte>(size(tile_bytes(d_model))).data(),
           .z_tile = w.take<std::byte>(size(tile_bytes(inner))).data(),
-          .expert_input = w.take<std::byte>(size(neuron_input_bytes(d_model))).data(),
-          .shared_input = w.take<std::byte>(size(neuron_input_bytes(d_model))).data(),
+          .input = w.take<std::byte>(size(neuron_input_bytes(d_model))).data(),
           .neuron_floats = w.take<float>(size(d_model)).data(),
           .sum = w.take<float>(size(d_model)).data(),
           .keys = w.take<std::uint32_t>(size(layer.n_experts())).data(),
@@ -105,7 +103,7 @@ void secret_moe_packed_gather(Context& ctx, const SecretMoeView& layer, ConstMat
     const Range own_shared = split(layer.n_shared(), n_threads, thread);
     const Range own_routed = split(k, n_threads, n_threads - 1 - thread);
     const PackedNeurons shared{.data = layer.shared_neurons,
-                               .dtype = layer.shared.dtype,
+                               .dtype = layer.experts.dtype,
                                .cols = d_model,
                                .first = own_shared.begin,
                                .count = own_shared.size()};
@@ -136,18 +134,13 @@ void secret_moe_packed_gather(Context& ctx, const SecretMoeView& layer, ConstMat
       for (std::int64_t e = panels.begin * kPanelRows; e < end; ++e) {
         scores[size(e)] += layer.router_bias[size(e)];
       }
-      // What takes no selection, while the others score: the inputs, bias and bypass.
-      const NeuronInput expert_input =
-          make_neuron_input(layer.experts.dtype, x_t, d_model, s.expert_input);
-      const NeuronInput shared_input =
-          layer.shared.dtype == layer.experts.dtype
-              ? expert_input
-              : make_neuron_input(layer.shared.dtype, x_t, d_model, s.shared_input);
+      // What takes no selection, while the others score: the input, bias and bypass.
+      const NeuronInput input = make_neuron_input(layer.experts.dtype, x_t, d_model, s.input);
       float* y_t = y.row(t);
       std::copy(layer.bias.begin() + dims.begin, layer.bias.begin() + dims.end, y_t + dims.begin);
       multiply_vector(ctx, layer.bypass_p, own(layer.bypass_p), bypass_z, s.z_tile, y_t, true);
       std::fill_n(s.sum, d_model, 0.0f);
-      add_neurons(ctx, shared, layer.phi, shared_input, s);
+      add_neurons(ctx, shared, layer.phi, input, s);
       ctx.pool.barrier();
 
       // Every thread selects for itself: cheaper than to select once and wait for it.
@@ -156,7 +149,7 @@ void secret_moe_packed_gather(Context& ctx, const SecretMoeView& layer, ConstMat
       if (thread == 0 && !selected.empty()) {
         std::copy(own_ids.begin(), own_ids.end(), selected.begin() + t * k);
       }
-      add_neurons(ctx, routed, layer.phi, expert_input, s);
+      add_neurons(ctx, routed, layer.phi, input, s);
       ctx.pool.barrier();
 
       for (const Scratch& other : scratch) {
@@ -247,6 +240,7 @@ void secret_moe_packed_grouped(Context& ctx, const SecretMoeView& layer, ConstMa
     return part == n_threads ? n_neurons : low;
   };
   const std::int64_t block = std::max<std::int64_t>(kBlockBytes / neuron_bytes, 64);
+  const auto seen_by_thread = ctx.workspace.take<std::uint8_t>(size(n_threads * block));
 
   ctx.pool.run([&](int thread) {
     const Range own_tokens = split(x.rows, n_threads, thread);
@@ -256,16 +250,20 @@ void secret_moe_packed_grouped(Context& ctx, const SecretMoeView& layer, ConstMa
     }
     const Matrix sums(partial.data() + thread * x.rows * d_model, x.rows, d_model);
     std::fill_n(sums.data, x.rows * d_model, 0.0f);
+    const auto own_seen = seen_by_thread.subspan(size(thread * block), size(block));
     const std::int64_t begin = border(thread);
     const std::int64_t end = border(thread + 1);
     ctx.pool.barrier();
 
-    std::int64_t runs = 0;
+    std::int64_t n_read = 0;
     for (std::int64_t first = begin; first < end; first += block) {
       const std::int64_t last = std::min(first + block, end);
       const std::int64_t n_own_shared = std::max<std::int64_t>(std::min(last, n_shared) - first, 0);
       const std::int64_t low = std::max(first, n_shared) - n_shared;
       const std::int64_t high = std::max(last, n_shared) - n_shared;
+      n_read += n_own_shared;
+      const auto seen = own_seen.first(size(high - low));
+      std::fill(seen.begin(), seen.end(), std::uint8_t{0});
       for (std::int64_t t = 0; t < x.rows; ++t) {
         const std::int64_t begin_id = first_from(t, low);
         const PackedNeurons lists[2] = {{.data = layer.shared_neurons,
@@ -283,11 +281,12 @@ void secret_moe_packed_grouped(Context& ctx, const SecretMoeView& layer, ConstMa
           if (list.count == 0) continue;
           add_packed_neurons(ctx, list, layer.phi, inputs[size(t)], sums.row(t),
                              scratch.data() + thread * d_model);
-          runs += list.count;
         }
+        for (std::int64_t j = 0; j < lists[1].count; ++j) seen[size(lists[1].ids[j] - low)] = 1;
       }
+      n_read += std::count(seen.begin(), seen.end(), std::uint8_t{1});
     }
-    ctx.tally.add(Traffic::Experts, runs * neuron_bytes);
+    ctx.tally.add(Traffic::Experts, n_read * neuron_bytes);
   });
   add_partials(ctx, partial, y);
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "kernels/base/error.h"
 #include "kernels/base/huge_buffer.h"
 #include "kernels/linear.h"
 #include "kernels/packing.h"
@@ -216,6 +217,18 @@ TEST_P(Panels, OnlyForQ16) {
   const std::vector<float> expected = multiply(w.packed.view(), x, exact);
   EXPECT_EQ(multiply(w.view, x, exact), expected);
   EXPECT_EQ(multiply(w.packed.view(), x, lender), expected);
+}
+
+TEST(PanelsShape, NormMustFit) {
+  const Panelled w(DType::Q8_0, 16, 8192, 1);
+  Lender lender(2);
+  lender.ctx.activations = Activations::Q16;
+  const std::vector<float> x(8192, 1.0f), norm(32, 1.0f);
+  std::vector<float> y(16);
+  const LinearOutput output{w.view, Matrix(y.data(), 1, 16)};
+  EXPECT_THROW(linear_group(lender.ctx, {ConstMatrix(x.data(), 1, 8192), norm, 1e-5f}, {&output, 1},
+                            Traffic::Mlp),
+               ShapeError);
 }
 
 TEST(PanelsShape, FormatsAndLengths) {

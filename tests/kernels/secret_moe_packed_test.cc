@@ -17,6 +17,7 @@ double allowed(MoePath path, DType dtype) {
 /// A layer with all its packed parts.
 struct PackedLayer : MoeLayer {
   explicit PackedLayer(const MoeOptions& o) : MoeLayer(o) {
+    if (o.n_shared == 0) view.shared = {};  // as a file without the tensor is read
     ThreadPool pool(2);
     SecretMoeView counted = view;
     Pieces count(nullptr);
@@ -124,6 +125,12 @@ TEST_F(SecretMoePacked, TallyIsExactlyTheBytesRead) {
   run(lender, layer.view, x, MoePath::Gather);
   EXPECT_EQ(lender.tally.bytes(Traffic::Experts),
             2 * (32 + 16) * neuron_layout(DType::Q4_1, 128).neuron_bytes());
+  lender.tally.reset();
+  const MoeResult grouped = run(lender, layer.view, x, MoePath::Grouped);
+  const std::set<std::int32_t> chosen(grouped.ids.begin(), grouped.ids.end());
+  EXPECT_EQ(lender.tally.bytes(Traffic::Experts),
+            static_cast<std::int64_t>(32 + chosen.size()) *
+                neuron_layout(DType::Q4_1, 128).neuron_bytes());
 }
 
 TEST_F(SecretMoePacked, PartsWithoutFastFormLeaveTheLayerAsItIs) {
