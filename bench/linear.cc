@@ -7,10 +7,15 @@
 #include <random>
 #include <thread>
 
+#include "kernels/base/huge_buffer.h"
+#include "kernels/packing.h"
+#include "kernels/panels.h"
 #include "tests/kernels/packed.h"
 #include "tests/reference/linear.h"
+#include "tools/machine_limits.h"
 
 // Bytes per second are packed bytes of W; 64 MiB of it, more than the caches hold, as in decoding.
+// of_limit is their share of the read bandwidth that as many threads measured just before.
 
 namespace moesaic {
 namespace {
@@ -38,10 +43,18 @@ void run(benchmark::State& state, DType dtype, std::int64_t cols, std::int64_t n
   const Packed row(dtype, 1, cols, 1);
   const std::int64_t rows = kBytes / row.view().bytes();
   const AlignedBuffer<std::byte> packed = repeated(row.view(), rows);
-  const WeightView w{packed.data(), dtype, rows, cols};
+  WeightView w{packed.data(), dtype, rows, cols};
   const std::vector<float> x = values(n_tokens * cols);
   std::vector<float> y(static_cast<std::size_t>(n_tokens * rows));
   ThreadPool pool(n_threads);
+  HugeBuffer panels;
+  if (activations == Activations::Q16) {
+    kernels::Pieces count(nullptr);
+    kernels::pack_matrix(w, pool, count);
+    panels = HugeBuffer(count.used());
+    kernels::Pieces pieces(panels.data());
+    kernels::pack_matrix(w, pool, pieces);
+  }
   Workspace workspace;
   Tally tally;
   Context ctx{pool, workspace, tally, activations};
@@ -49,8 +62,10 @@ void run(benchmark::State& state, DType dtype, std::int64_t cols, std::int64_t n
   const Matrix y_rows(y.data(), n_tokens, rows);
   kernels::linear(ctx, w, x_rows, y_rows, Traffic::Mlp);
   const reference::Product expected = reference::linear(w.slice(0, 1), x_rows);
-  // bfloat16 rounds X and, in tiles, W.
-  const double error = activations == Activations::BF16 ? 0x1p-7 : 0x1p-18;
+  // bfloat16 rounds X and, in tiles, W; 16-bit integers round X to its units' largest element.
+  const bool bf16 =
+      activations == Activations::BF16 || (activations == Activations::Q16 && dtype == DType::BF16);
+  const double error = bf16 ? 0x1p-7 : activations == Activations::Q16 ? 0x1p-11 : 0x1p-18;
   for (std::int64_t t = 0; t < n_tokens; ++t) {
     for (std::int64_t r = 0; r < rows; ++r) {
       const auto i = static_cast<std::size_t>(t);
@@ -59,8 +74,12 @@ void run(benchmark::State& state, DType dtype, std::int64_t cols, std::int64_t n
       }
     }
   }
+  const double limit = tools::measure_read_bandwidth(pool);
+  tally.reset();
   for (auto _ : state) kernels::linear(ctx, w, x_rows, y_rows, Traffic::Mlp);
-  state.SetBytesProcessed(state.iterations() * w.bytes());
+  state.SetBytesProcessed(tally.total());
+  state.counters["of_limit"] =
+      benchmark::Counter(static_cast<double>(tally.total()) / limit, benchmark::Counter::kIsRate);
   state.counters["FLOP/s"] = benchmark::Counter(2.0 * static_cast<double>(rows * cols * n_tokens),
                                                 benchmark::Counter::kIsIterationInvariantRate,
                                                 benchmark::Counter::OneK::kIs1000);
@@ -71,7 +90,10 @@ void add(DType dtype, std::int64_t cols, std::int64_t n_tokens, Activations acti
   const std::int64_t rows = kBytes / row_bytes(dtype, cols);
   const std::string name =
       fmt::format("linear/w:{}[{},{}]/x:{}[{},{}]/threads:{}", traits(dtype).name, rows, cols,
-                  activations == Activations::F32 ? "F32" : "BF16", n_tokens, cols, n_threads);
+                  activations == Activations::F32    ? "F32"
+                  : activations == Activations::BF16 ? "BF16"
+                                                     : "Q16",
+                  n_tokens, cols, n_threads);
   benchmark::RegisterBenchmark(
       name.c_str(),
       [=](benchmark::State& state) { run(state, dtype, cols, n_tokens, activations, n_threads); })
@@ -91,7 +113,15 @@ int main(int argc, char** argv) {
       moesaic::add(t.dtype, t.block_elems == 256 ? 2048 : 576, 1, Activations::F32, n_threads);
     }
   }
-  for (const Activations activations : {Activations::F32, Activations::BF16}) {
+  for (const moesaic::DTypeTraits& t : moesaic::kDTypes) {
+    if (!moesaic::kernels::has_panels(t.dtype, 768)) continue;
+    for (const std::int64_t n_tokens : {1, 8, 64}) {
+      for (const int n_threads : {1, all}) {
+        moesaic::add(t.dtype, 768, n_tokens, Activations::Q16, n_threads);
+      }
+    }
+  }
+  for (const Activations activations : {Activations::F32, Activations::BF16, Activations::Q16}) {
     for (const std::int64_t n_tokens : {4, 8, 12, 16, 64, 512}) {
       moesaic::add(moesaic::DType::Q4_1, 1536, n_tokens, activations, all);
     }

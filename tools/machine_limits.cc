@@ -1,9 +1,6 @@
 #include "tools/machine_limits.h"
 
-#include <sys/mman.h>
-
 #include <atomic>
-#include <cerrno>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
@@ -11,7 +8,7 @@
 
 #include "kernels/base/aligned_buffer.h"
 #include "kernels/base/context.h"
-#include "kernels/base/error.h"
+#include "kernels/base/huge_buffer.h"
 #include "kernels/linear.h"
 
 namespace moesaic::tools {
@@ -44,32 +41,6 @@ double fastest(int n_passes, Fn&& fn) {
   return best;
 }
 
-/// Zero-filled memory beginning at a multiple of 2 MiB, in huge pages where the system has them.
-class HugePages {
- public:
-  explicit HugePages(std::size_t bytes) : bytes_(bytes + kPage) {
-    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    require<IoError>(memory_ != MAP_FAILED, "{} bytes to measure the memory's bandwidth: {}",
-                     bytes_, std::strerror(errno));
-    // Without huge pages the figure is lower, which is what a program on that system would get.
-    madvise(memory_, bytes_, MADV_HUGEPAGE);
-  }
-  ~HugePages() { munmap(memory_, bytes_); }
-  HugePages(const HugePages&) = delete;
-  HugePages& operator=(const HugePages&) = delete;
-
-  std::uint64_t* data() const {
-    const auto address = reinterpret_cast<std::uintptr_t>(memory_);
-    return reinterpret_cast<std::uint64_t*>((address + kPage - 1) / kPage * kPage);
-  }
-
- private:
-  static constexpr std::size_t kPage = std::size_t{2} << 20;
-
-  std::size_t bytes_;
-  void* memory_;
-};
-
 /// A reduction with sixteen independent sums: the loads are never waited for.
 std::uint64_t read_all(const std::uint64_t* p, std::int64_t n) {
   std::uint64_t sums[16] = {};
@@ -88,12 +59,13 @@ MachineLimits measure_machine_limits(ThreadPool& pool) {
 }
 
 double measure_read_bandwidth(ThreadPool& pool) {
-  const HugePages memory(kReadBytes);
+  HugeBuffer memory(kReadBytes);
+  auto* words = reinterpret_cast<std::uint64_t*>(memory.data());
   constexpr std::int64_t kWords = kReadBytes / sizeof(std::uint64_t);
   // Written first: pages that were only ever read are all the same page of zeros.
   pool.run([&](int thread) {
     const Range range = split(kWords, pool.n_threads(), thread, 16);
-    std::memset(memory.data() + range.begin, 0,
+    std::memset(words + range.begin, 0,
                 static_cast<std::size_t>(range.size()) * sizeof(std::uint64_t));
   });
   std::uint64_t sink = 0;
@@ -101,7 +73,7 @@ double measure_read_bandwidth(ThreadPool& pool) {
     std::atomic<std::uint64_t> sum{0};
     pool.run([&](int thread) {
       const Range range = split(kWords, pool.n_threads(), thread, 16);
-      sum.fetch_add(read_all(memory.data() + range.begin, range.size()));
+      sum.fetch_add(read_all(words + range.begin, range.size()));
     });
     sink |= sum.load();
   });

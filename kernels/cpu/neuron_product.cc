@@ -96,10 +96,11 @@ __mmask16 first_lanes(std::int64_t n) {
   return _mm512_fmadd_ps(join_digits(high, low), _mm512_permutexvar_ps(which, scales), sum);
 }
 
-/// w · x of a gate or up row in 4-bit codes (kBits 4) or bytes (8), which are too high by kBias.
+/// Lanes whose sum is w · x of a gate or up row in 4-bit codes (kBits 4) or bytes (8), which are
+/// too high by kBias.
 template <int kBits, bool kHasMin, int kBias>
-[[gnu::always_inline]] inline float dot_row(const Byte* row, std::int64_t cols,
-                                            const NeuronInput& x) {
+[[gnu::always_inline]] inline __m512 dot_row(const Byte* row, std::int64_t cols,
+                                             const NeuronInput& x) {
   const std::int64_t n_units = cols / 32;
   const Byte* codes = row + (kHasMin ? 4 : 2) * n_units;
   const __m512i nibble = _mm512_set1_epi8(15);
@@ -165,11 +166,11 @@ template <int kBits, bool kHasMin, int kBias>
     }
   }
   const __m512 correction = _mm512_set1_ps(kHasMin ? 1.0f : -static_cast<float>(kBias));
-  return _mm512_reduce_add_ps(_mm512_fmadd_ps(rest, correction, sum));
+  return _mm512_fmadd_ps(rest, correction, sum);
 }
 
-[[gnu::always_inline]] inline float dot_bf16_row(const Byte* row, std::int64_t cols,
-                                                 const NeuronInput& x) {
+[[gnu::always_inline]] inline __m512 dot_bf16_row(const Byte* row, std::int64_t cols,
+                                                  const NeuronInput& x) {
   __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   for (std::int64_t c = 0; c < cols; c += 64) {
     for (std::int64_t i = 0; i < 2; ++i) {
@@ -177,7 +178,7 @@ template <int kBits, bool kHasMin, int kBias>
                                  (__m512bh)_mm512_loadu_si512(x.bf16 + c + 32 * i));
     }
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+  return _mm512_add_ps(sums[0], sums[1]);
 }
 
 template <int kBitsV, bool kHasMinV, int kBiasV>
@@ -371,7 +372,7 @@ inline void add_down<FormatBF16>(const Byte* const* down, const float* h, const 
 }
 
 template <class Format>
-[[gnu::always_inline]] inline float dot(const Byte* row, std::int64_t cols, const NeuronInput& x) {
+[[gnu::always_inline]] inline __m512 dot(const Byte* row, std::int64_t cols, const NeuronInput& x) {
   if constexpr (Format::kBits == 16) {
     return dot_bf16_row(row, cols, x);
   } else {
@@ -387,14 +388,20 @@ void add_neurons_of(Context& ctx, const PackedNeurons& list, Activation phi, con
   for (std::int64_t first = 0; first < list.count; first += kBatch) {
     const std::int64_t n = std::min(kBatch, list.count - first);
     float gate[kBatch], up[kBatch];
+    __m512 gate_lanes[kBatch], up_lanes[kBatch];
     float h[kBatch] = {};
     const Byte* down[kBatch];
     for (std::int64_t j = 0; j < n; ++j) {
       fetch(list, bytes, first + j + kAhead);
       const auto* row = reinterpret_cast<const Byte*>(list.data + list.id(first + j) * bytes);
-      gate[j] = dot<Format>(row, list.cols, x);
-      up[j] = dot<Format>(row + layout.row_bytes(), list.cols, x);
+      gate_lanes[j] = dot<Format>(row, list.cols, x);
+      up_lanes[j] = dot<Format>(row + layout.row_bytes(), list.cols, x);
       down[j] = row + 2 * layout.row_bytes();
+    }
+    // Summed across together: one by one, each would wait for its row.
+    for (std::int64_t j = 0; j < n; ++j) {
+      gate[j] = _mm512_reduce_add_ps(gate_lanes[j]);
+      up[j] = _mm512_reduce_add_ps(up_lanes[j]);
     }
     // A batch that is not full repeats its first row, times 0.
     for (std::int64_t j = n; j < kBatch; ++j) down[j] = down[0];
