@@ -394,9 +394,7 @@ GgufFile::~GgufFile() {
   if (map_ != nullptr) ::munmap(const_cast<std::byte*>(map_), size_);
 }
 
-void GgufFile::drop_pages() const {
-  ::madvise(const_cast<std::byte*>(map_), size_, MADV_DONTNEED);
-}
+void GgufFile::drop_pages() const { ::madvise(const_cast<std::byte*>(map_), size_, MADV_DONTNEED); }
 
 const GgufValue* GgufFile::find(std::string_view key) const {
   const auto it = key_index_.find(key);

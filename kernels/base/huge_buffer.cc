@@ -21,13 +21,13 @@ HugeBuffer::HugeBuffer(std::size_t bytes) : size_(bytes) {
   if (bytes == 0) return;
   // One page more than needed, so that a multiple of the page size lies within; the rest goes back.
   const std::size_t length = rounded_up(bytes);
-  void* mapped = mmap(nullptr, length + kHugePage, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* mapped =
+      mmap(nullptr, length + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   require<IoError>(mapped != MAP_FAILED, "memory: {} bytes for weights refused: {}", length,
                    std::strerror(errno));
   auto* first = static_cast<std::byte*>(mapped);
-  const std::size_t skipped = rounded_up(reinterpret_cast<std::uintptr_t>(first)) -
-                              reinterpret_cast<std::uintptr_t>(first);
+  const std::size_t skipped =
+      rounded_up(reinterpret_cast<std::uintptr_t>(first)) - reinterpret_cast<std::uintptr_t>(first);
   data_ = first + skipped;
   if (skipped > 0) munmap(first, skipped);
   if (skipped < kHugePage) munmap(data_ + length, kHugePage - skipped);
