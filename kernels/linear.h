@@ -26,6 +26,9 @@ struct LinearInput {
   float eps = 0;
 };
 
+/// X, or its norm in the context's workspace, taken there.
+ConstMatrix normed(Context& ctx, const LinearInput& input);
+
 /// One of them: Y = f(X) Wᵀ, or Y += f(X) Wᵀ. W without rows: nothing.
 struct LinearOutput {
   WeightView w;

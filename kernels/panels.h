@@ -52,6 +52,9 @@ bool has_panels(DType dtype, std::int64_t cols);
 /// Layout of one panel; has_panels(dtype, cols).
 PanelLayout panel_layout(DType dtype, std::int64_t cols);
 
+/// Panels of w.
+inline std::int64_t n_panels(const WeightView& w) { return (w.rows + kPanelRows - 1) / kPanelRows; }
+
 /// Bytes of all panels of w; a last panel that is not full is filled with zeros.
 std::int64_t panel_bytes(const WeightView& w);
 

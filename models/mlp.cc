@@ -1,7 +1,6 @@
 #include "models/mlp.h"
 
 #include "kernels/linear.h"
-#include "kernels/rms_norm.h"
 
 namespace moesaic::models {
 namespace {
@@ -33,15 +32,9 @@ void mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInput& input
   if (const auto* dense = std::get_if<DenseMlp>(&mlp)) {
     return dense_forward(ctx, *dense, input, y);
   }
-  const auto& moe = std::get<kernels::SecretMoeView>(mlp);
-  if (input.norm.empty()) {
-    return kernels::secret_moe(ctx, moe, input.x, y, kernels::MoePath::Auto, selected);
-  }
   const Workspace::Scope scope(ctx.workspace);
-  const auto n = static_cast<std::size_t>(input.x.rows * input.x.cols);
-  const Matrix x(ctx.workspace.take<float>(n).data(), input.x.rows, input.x.cols);
-  kernels::rms_norm(ctx, input.x, input.norm, input.eps, x);
-  kernels::secret_moe(ctx, moe, x, y, kernels::MoePath::Auto, selected);
+  kernels::secret_moe(ctx, std::get<kernels::SecretMoeView>(mlp), kernels::normed(ctx, input), y,
+                      kernels::MoePath::Auto, selected);
 }
 
 std::int64_t multiply_adds(const Mlp& mlp) {

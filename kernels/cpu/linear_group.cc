@@ -16,8 +16,6 @@ constexpr std::int64_t kOwnTileElements = 4096;
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-std::int64_t n_panels(const WeightView& w) { return (w.rows + kPanelRows - 1) / kPanelRows; }
-
 bool uses_panels(const Context& ctx, const WeightView& w) {
   return ctx.activations == Activations::Q16 && (w.panels != nullptr || w.rows == 0);
 }
@@ -136,6 +134,8 @@ void group_panels(Context& ctx, const LinearInput& input, std::span<const Linear
   });
 }
 
+}  // namespace
+
 ConstMatrix normed(Context& ctx, const LinearInput& input) {
   if (input.norm.empty()) return input.x;
   const Matrix to(ctx.workspace.take<float>(size(input.x.rows * input.x.cols)).data(), input.x.rows,
@@ -143,8 +143,6 @@ ConstMatrix normed(Context& ctx, const LinearInput& input) {
   rms_norm(ctx, input.x, input.norm, input.eps, to);
   return to;
 }
-
-}  // namespace
 
 void linear_group(Context& ctx, const LinearInput& input, std::span<const LinearOutput> outputs,
                   Traffic traffic) {

@@ -14,8 +14,7 @@ void pack_matrix(WeightView& w, ThreadPool& pool, Pieces& pieces) {
   if (!has_panels(w.dtype, w.cols)) return;
   std::byte* to = pieces.take(panel_bytes(w));
   if (pieces.counting()) return;
-  const std::int64_t n = (w.rows + kPanelRows - 1) / kPanelRows;
-  pool.run([&](int thread) { pack_panels(w, split(n, pool.n_threads(), thread), to); });
+  pool.run([&](int thread) { pack_panels(w, split(n_panels(w), pool.n_threads(), thread), to); });
   w.panels = to;
 }
 

@@ -131,8 +131,7 @@ PanelLayout panel_layout(DType dtype, std::int64_t cols) {
 }
 
 std::int64_t panel_bytes(const WeightView& w) {
-  const std::int64_t n_panels = (w.rows + kPanelRows - 1) / kPanelRows;
-  return n_panels * panel_layout(w.dtype, w.cols).panel_bytes();
+  return n_panels(w) * panel_layout(w.dtype, w.cols).panel_bytes();
 }
 
 void pack_panels(const WeightView& w, Range range, std::byte* panels) {

@@ -14,8 +14,6 @@ namespace {
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-std::int64_t n_panels(const WeightView& w) { return (w.rows + kPanelRows - 1) / kPanelRows; }
-
 /// Room for a single vector as a tile of any kind.
 std::int64_t tile_bytes(std::int64_t cols) { return cols / 32 * kInt16TokenBytes + 64; }
 
