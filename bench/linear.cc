@@ -74,9 +74,12 @@ void run(benchmark::State& state, DType dtype, std::int64_t cols, std::int64_t n
       }
     }
   }
-  const double limit = tools::measure_read_bandwidth(pool);
+  tools::MachineLimits limits(pool);
+  limits.sample();
   tally.reset();
   for (auto _ : state) kernels::linear(ctx, w, x_rows, y_rows, Traffic::Mlp);
+  limits.sample();
+  const double limit = limits.read_bandwidth();
   state.SetBytesProcessed(tally.total());
   state.counters["of_limit"] =
       benchmark::Counter(static_cast<double>(tally.total()) / limit, benchmark::Counter::kIsRate);

@@ -135,7 +135,7 @@ void TimedWork::forward(std::size_t n_rows, std::size_t n_outputs) {
 }
 
 Throughput measure(Decoder& decoder, Tally& tally, const Work& work, int repetitions,
-                   Monitor& monitor) {
+                   Monitor& monitor, const std::function<void()>& between) {
   require<InputError>(repetitions >= 1, "{}: {} repetitions given, expected >= 1", work.name(),
                       repetitions);
   monitor.stage(work.name(), repetitions);
@@ -143,9 +143,11 @@ Throughput measure(Decoder& decoder, Tally& tally, const Work& work, int repetit
 
   Throughput result;
   const std::int64_t bytes_before = tally.total();
+  if (between) between();
   for (int i = 0; i < repetitions; ++i) {
     result.tokens_per_second.push_back(static_cast<double>(work.n_tokens()) / timed.run(monitor));
     monitor.advance(i + 1, fmt::format("{:.1f} tokens/s", result.tokens_per_second.back()));
+    if (between) between();
   }
   result.bytes_per_token = static_cast<double>(tally.total() - bytes_before) /
                            static_cast<double>(work.n_tokens() * repetitions);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <random>
 #include <string>
 #include <vector>
@@ -64,9 +65,10 @@ struct Throughput {
   double bytes_per_token = 0;  // by the kernels' own tally, over all repetitions
 };
 
-/// Throws InputError for sizes that make no sense or exceed the model's context; Interrupted.
+/// `between` is called before, between and after the repetitions, off the clock. Throws InputError
+/// for sizes that make no sense or exceed the model's context; Interrupted.
 Throughput measure(Decoder& decoder, Tally& tally, const Work& work, int repetitions,
-                   Monitor& monitor);
+                   Monitor& monitor, const std::function<void()>& between = {});
 
 /// pp: one empty sequence is prefilled with n_tokens in passes of at most n_batch; logits of the
 /// last token only.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <span>
 
 #include "kernels/activation.h"
@@ -45,6 +46,16 @@ void linear_group(Context& ctx, const LinearInput& input, std::span<const Linear
 /// H [n_tokens, d_ff]. Otherwise as linear_group().
 void gated_linear(Context& ctx, const LinearInput& input, Activation phi, const WeightView& w_gate,
                   const WeightView& w_up, Matrix h, Traffic traffic);
+
+/// The weights of a product that is to come: one linear_group(), or one gated_linear().
+struct Upcoming {
+  std::array<WeightView, 3> weights;  // in the order of the call; without rows: nothing
+  bool gated = false;
+};
+
+/// A hint, given before a product, about the one after it: threads that have to wait in between
+/// fetch the beginning of their share of its panels into their caches. Changes no result.
+void read_ahead(Context& ctx, const Upcoming& upcoming);
 
 /// dst[i] = bf16(src[i]) as float32: how an activation enters a product under Activations::BF16.
 void round_to_bf16(std::span<const float> src, std::span<float> dst);

@@ -9,6 +9,17 @@
 
 namespace moesaic::kernels {
 
+/// What the paths of a layer with packed weights cost on a machine, in ns; a column is one of
+/// d_model, "active" a shared or selected neuron. The defaults are those of two threads of a Zen 4
+/// with Q4_1 experts; `moesaic bench --costs` measures a machine's own.
+struct PathConstants {
+  double gather = 0.13;         // per token, active neuron and column
+  double grouped = 0.085;       // likewise
+  double grouped_read = 0.045;  // per neuron that any token of the batch needs, and column
+  double masked = 0.0225;       // per token, neuron and column, unselected neurons counted
+  double masked_least = 0.14;   // per neuron and column: what a batch takes at least
+};
+
 /// One secret-MoE layer with single-neuron GLU experts behind a low-rank router, no gate (DESIGN.md
 /// section 1):
 ///
@@ -44,6 +55,8 @@ struct SecretMoeView {
   WeightView all_up = {};    // the same
   WeightView all_down = {};  // [d_model, n_shared + n_experts], BF16
 
+  PathConstants costs = {};  // for MoePath::Auto with packed weights
+
   std::int64_t d_model() const { return static_cast<std::int64_t>(bias.size()); }
   std::int64_t n_shared() const { return shared.rows / 3; }
   std::int64_t n_experts() const { return experts.rows / 3; }
@@ -56,7 +69,7 @@ struct SecretMoeView {
 /// their products: masked rounds the down rows and their activations to bfloat16 (2⁻⁹ each); the
 /// others multiply the file's codes by 16-bit coefficients, of which 16 neurons share a scale.
 enum class MoePath {
-  Auto,  // by batch size, see choose_moe_path
+  Auto,  // the cheapest by packed_path_costs(); without packed weights by batch size alone
   Gather,  // token by token: router → top-k → gather → expert → scatter-add, fused, nothing kept
            // but the k ids
   Grouped,  // tokens sorted by expert: each expert that any token selected is read once
@@ -68,12 +81,18 @@ enum class MoePath {
 /// Q16.
 bool uses_packed(const Context& ctx, const SecretMoeView& layer);
 
-/// Estimated ns of the two batched paths with packed weights, without the routing that both need.
+/// Estimated ns of a layer with packed weights on each path, routing included, by
+/// SecretMoeView::costs.
 struct PathCosts {
+  double gather = 0;
   double grouped = 0;
   double masked = 0;
 };
 PathCosts packed_path_costs(const SecretMoeView& layer, std::int64_t n_tokens);
+
+/// Neurons of the layer that n_tokens touch at least once, if each chose its experts at random:
+/// n_shared + n_experts (1 − (1 − n_active / n_experts)^n_tokens).
+double distinct_neurons(const SecretMoeView& layer, std::int64_t n_tokens);
 
 /// The path that Auto takes for a batch of n_tokens.
 MoePath choose_moe_path(const Context& ctx, const SecretMoeView& layer, std::int64_t n_tokens);

@@ -1,16 +1,17 @@
 #include "models/mlp.h"
 
-#include "kernels/linear.h"
-
 namespace moesaic::models {
 namespace {
 
-void dense_forward(Context& ctx, const DenseMlp& mlp, const kernels::LinearInput& input, Matrix y) {
+void dense_forward(Context& ctx, const DenseMlp& mlp, const kernels::LinearInput& input, Matrix y,
+                   const kernels::Upcoming& next) {
   const Workspace::Scope scope(ctx.workspace);
   const std::int64_t d_ff = mlp.w_gate.rows;
   const auto n = static_cast<std::size_t>(input.x.rows * d_ff);
   const Matrix h(ctx.workspace.take<float>(n).data(), input.x.rows, d_ff);
+  kernels::read_ahead(ctx, {.weights = {mlp.w_down}});
   kernels::gated_linear(ctx, input, mlp.phi, mlp.w_gate, mlp.w_up, h, Traffic::Mlp);
+  kernels::read_ahead(ctx, next);
   kernels::linear(ctx, mlp.w_down, h, y, Traffic::Mlp);
 }
 
@@ -28,13 +29,21 @@ std::int64_t weights(const kernels::SecretMoeView& moe) {
 }  // namespace
 
 void mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInput& input, Matrix y,
-                 std::span<std::int32_t> selected) {
+                 std::span<std::int32_t> selected, const kernels::Upcoming& next) {
   if (const auto* dense = std::get_if<DenseMlp>(&mlp)) {
-    return dense_forward(ctx, *dense, input, y);
+    return dense_forward(ctx, *dense, input, y, next);
   }
+  kernels::read_ahead(ctx, next);
   const Workspace::Scope scope(ctx.workspace);
   kernels::secret_moe(ctx, std::get<kernels::SecretMoeView>(mlp), kernels::normed(ctx, input), y,
                       kernels::MoePath::Auto, selected);
+}
+
+kernels::Upcoming first_weights(const Mlp& mlp) {
+  if (const auto* dense = std::get_if<DenseMlp>(&mlp)) {
+    return {.weights = {dense->w_gate, dense->w_up}, .gated = true};
+  }
+  return {.weights = {std::get<kernels::SecretMoeView>(mlp).router_v}};
 }
 
 std::int64_t multiply_adds(const Mlp& mlp) {

@@ -23,9 +23,13 @@ struct DenseMlp {
 using Mlp = std::variant<DenseMlp, kernels::SecretMoeView>;
 
 /// y = mlp(f(x)), f being the input's norm where it has one.   x, y [n_tokens, d_model], distinct
-/// memory. `selected`: as in kernels::secret_moe; left alone by a dense MLP.
+/// memory. `selected`: as in kernels::secret_moe; left alone by a dense MLP. `next`: what the
+/// product after the layer reads (kernels::read_ahead).
 void mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInput& input, Matrix y,
-                 std::span<std::int32_t> selected = {});
+                 std::span<std::int32_t> selected = {}, const kernels::Upcoming& next = {});
+
+/// What the first product of the layer reads.
+kernels::Upcoming first_weights(const Mlp& mlp);
 
 /// Multiply-adds per token of the layer: 3 · d_model · d_ff for the dense form; router, bypass,
 /// shared and selected neurons for the other.

@@ -115,6 +115,12 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
   mlp_block(last, wanted);
 }
 
+kernels::Upcoming Transformer::first_weights(int layer) const {
+  if (layer == config().n_layers) return {.weights = {checkpoint_->head}};
+  const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
+  return {.weights = {w.w_q, w.w_k, w.w_v}};
+}
+
 void Transformer::embed(std::span<const std::int32_t> tokens, Matrix r) {
   kernels::embed(ctx_, checkpoint_->embedding, tokens, config().embedding_scale, r);
 }
@@ -142,6 +148,7 @@ void Transformer::project_and_store(int layer, const kernels::TokenPlaces& place
   const Matrix v = take(ctx_.workspace, r.rows, w.w_v.rows);
   const std::array<kernels::LinearOutput, 3> outputs = {queries, kernels::LinearOutput{w.w_k, k},
                                                         kernels::LinearOutput{w.w_v, v}};
+  kernels::read_ahead(ctx_, {.weights = {w.w_o}});
   kernels::linear_group(ctx_, attention_input(layer, r), outputs, Traffic::Attention);
   if (!w.k_norm.empty()) {
     const Matrix k_heads = heads(k, c.head_dim);
@@ -166,6 +173,7 @@ void Transformer::attend(int layer, const kernels::TokenPlaces& places, kernels:
                 c.rope_style);
   kernels::attention(ctx_, q, places, cache, c.n_heads, c.attention_scale,
                      c.layers[static_cast<std::size_t>(layer)].window, mixed);
+  kernels::read_ahead(ctx_, models::first_weights(w.mlp));
   if (w.post_attn_norm.empty()) {
     kernels::linear(ctx_, w.w_o, mixed, r, Traffic::Attention, true);
   } else {
@@ -186,7 +194,7 @@ void Transformer::mlp_block(int layer, Matrix r) {
     selected = ctx_.workspace.take<std::int32_t>(static_cast<std::size_t>(r.rows * moe->n_active));
   }
   const Matrix y = take(ctx_.workspace, r.rows, r.cols);
-  mlp_forward(ctx_, w.mlp, input, y, selected);
+  mlp_forward(ctx_, w.mlp, input, y, selected, first_weights(layer + 1));
   if (observer_ && moe != nullptr) observer_(layer, r.rows, selected);
   add_mlp_output(layer, y, r);
 }

@@ -96,6 +96,8 @@ class Transformer : public engine::Decoder {
   void attend(int layer, const kernels::TokenPlaces& places, kernels::KvLayerView cache, Matrix q,
               Matrix r);
   void mlp_block(int layer, Matrix r);
+  // What the first product of a layer reads, or of the head after the last one.
+  kernels::Upcoming first_weights(int layer) const;
 
   std::shared_ptr<const Checkpoint> checkpoint_;
   Context& ctx_;

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "tools/statistics.h"
+
 namespace moesaic::tools {
 
 std::vector<Json> bench_json(const BenchedModel& model, const std::vector<BenchedTest>& tests) {
@@ -42,10 +44,10 @@ std::vector<Json> bench_json(const BenchedModel& model, const std::vector<Benche
                     {"samples_ts", test.result.tokens_per_second},
                     {"bytes_per_token", test.result.bytes_per_token},
                     {"bandwidth_fraction", test.bandwidth_fraction()},
-                    {"read_bandwidth", test.limits.read_bandwidth},
+                    {"read_bandwidth", test.read_bandwidth},
                     {"flops_per_token", test.flops_per_token},
                     {"flops_fraction", test.flops_fraction()},
-                    {"peak_flops", test.limits.peak_flops}});
+                    {"peak_flops", test.peak_flops}});
   }
   return rows;
 }
@@ -80,7 +82,6 @@ std::string bench_table(const BenchedModel& model, const std::vector<BenchedTest
   if (with_batch) rows[0].push_back("n_batch");
   for (const char* name : {"test", "t/s", "MB/token", "of limit"}) rows[0].push_back(name);
   std::string limits;
-  int limits_of = 0;  // threads that `limits` ends with
   for (const BenchedTest& test : tests) {
     std::vector<std::string> row = {
         model.description, format_bytes(static_cast<double>(model.bytes)),
@@ -94,13 +95,11 @@ std::string bench_table(const BenchedModel& model, const std::vector<BenchedTest
     row.push_back(
         fmt::format("{:.0f} % {}", 100 * std::max(read, flops), read > flops ? "read" : "FLOP/s"));
     rows.push_back(std::move(row));
-    if (test.threads == limits_of) continue;
-    limits_of = test.threads;
     limits += fmt::format(
-        "{} thread{}: memory read bandwidth {:.1f} GB/s, bf16 GEMM peak {:.0f} "
-        "GFLOP/s, both measured in this run\n",
-        test.threads, test.threads == 1 ? "" : "s", test.limits.read_bandwidth / 1e9,
-        test.limits.peak_flops / 1e9);
+        "{}, {} thread{}: between the repetitions memory gave {:.1f} GB/s ({:.1f}–{:.1f}), a bf16 "
+        "GEMM {:.0f} GFLOP/s\n",
+        test.work.name(), test.threads, test.threads == 1 ? "" : "s", test.read_bandwidth / 1e9,
+        test.read_range.first / 1e9, test.read_range.second / 1e9, test.peak_flops / 1e9);
   }
   return markdown_table(rows) + "\n" + limits;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/throughput.h"
@@ -25,13 +26,15 @@ struct BenchedTest {
   std::string time;  // ISO 8601, UTC
   engine::Throughput result;
   double flops_per_token = 0;
-  MachineLimits limits;  // with these threads
+  double read_bandwidth = 0;             // bytes/s, MachineLimits around these repetitions
+  std::pair<double, double> read_range;  // its lowest and highest sample
+  double peak_flops = 0;                 // FLOP/s, likewise
 
   /// Share of the machine's read bandwidth, and of its peak FLOP/s.
   double bandwidth_fraction() const {
-    return result.bytes_per_token * result.mean / limits.read_bandwidth;
+    return result.bytes_per_token * result.mean / read_bandwidth;
   }
-  double flops_fraction() const { return flops_per_token * result.mean / limits.peak_flops; }
+  double flops_fraction() const { return flops_per_token * result.mean / peak_flops; }
 };
 
 /// llama-bench's keys for each test, and ours after them. Keys: docs/cli.md.

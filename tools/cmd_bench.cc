@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <ctime>
+#include <map>
 #include <memory>
 
 #include "engine/throughput.h"
@@ -13,6 +14,7 @@
 #include "tools/machine_limits.h"
 #include "tools/options.h"
 #include "tools/output.h"
+#include "tools/path_constants.h"
 #include "tools/progress.h"
 #include "tools/session.h"
 
@@ -35,6 +37,7 @@ struct BenchOptions {
   std::string format;
   RunOptions run;
 
+  bool costs = false;
   bool crossover = false;
   std::string hybrid;
   std::vector<double> active;
@@ -90,17 +93,20 @@ void bench(const BenchOptions& options) {
     described.description = describe_model(*model.checkpoint);
     described.bytes = totals.bytes;
     described.n_params = totals.elements;
-    const MachineLimits limits = measure_machine_limits(runtime.pool);
+    MachineLimits limits(runtime.pool);
     for (const engine::Work& work : plan) {
       BenchedTest& test = tests.emplace_back();
       test.work = work;
       test.threads = run.threads;
       test.activations = run.activations;
       test.time = utc_now();
-      test.limits = limits;
       test.flops_per_token = flops_per_token(*model.checkpoint, work);
-      test.result =
-          engine::measure(model.transformer, runtime.tally, work, options.repetitions, progress);
+      limits.restart();
+      test.result = engine::measure(model.transformer, runtime.tally, work, options.repetitions,
+                                    progress, [&] { limits.sample(); });
+      test.read_bandwidth = limits.read_bandwidth();
+      test.read_range = limits.read_range();
+      test.peak_flops = limits.peak_flops();
     }
   }
   if (options.format == "md") {
@@ -161,9 +167,92 @@ void crossover(const BenchOptions& options) {
                                   : crossover_table(result));
 }
 
+// ---- --costs
+
+std::string path_name(kernels::MoePath path) {
+  switch (path) {
+    case kernels::MoePath::Gather:
+      return "gather";
+    case kernels::MoePath::Grouped:
+      return "grouped";
+    default:
+      return "masked";
+  }
+}
+
+/// Measures the constants anew, keeps them for later runs, and prints what follows from them.
+void costs(const BenchOptions& options) {
+  RunOptions run = options.run;
+  run.threads = static_cast<int>(only(options.threads, "--threads"));
+  Runtime runtime(run);
+  Model model(options.model, runtime.context);
+  auto layers = packed_layers(runtime.context, *model.checkpoint);
+  require<InputError>(!layers.empty(),
+                      "{}: no secret-MoE layer with packed weights, expected a hybrid with experts "
+                      "in BF16, Q8_0, Q4_0 or Q4_1 and --activations q16 on a machine with AVX-512",
+                      options.model);
+  const kernels::PathConstants constants = measure_path_constants(runtime.context, layers);
+  store_path_constants(runtime.context, layers, constants);
+
+  Json rows = Json::array();
+  std::vector<std::vector<std::string>> table = {
+      {"tokens", "gather µs", "grouped µs", "masked µs", "layers: gather", "grouped", "masked"}};
+  for (const std::int64_t n : options.sequences) {
+    kernels::PathCosts sum;
+    std::map<kernels::MoePath, int> chosen;
+    for (kernels::SecretMoeView& layer : layers) {
+      layer.costs = constants;
+      const kernels::PathCosts costs = kernels::packed_path_costs(layer, n);
+      sum.gather += costs.gather;
+      sum.grouped += costs.grouped;
+      sum.masked += costs.masked;
+      ++chosen[kernels::choose_moe_path(runtime.context, layer, n)];
+    }
+    const auto micros = [&](double ns) { return ns / 1e3 / static_cast<double>(layers.size()); };
+    Json row = {{"n_tokens", n},
+                {"gather_us", micros(sum.gather)},
+                {"grouped_us", micros(sum.grouped)},
+                {"masked_us", micros(sum.masked)}};
+    std::vector<std::string> cells = {std::to_string(n)};
+    for (const double ns : {sum.gather, sum.grouped, sum.masked}) {
+      cells.push_back(fmt::format("{:.1f}", micros(ns)));
+    }
+    for (const auto path :
+         {kernels::MoePath::Gather, kernels::MoePath::Grouped, kernels::MoePath::Masked}) {
+      row["layers_" + path_name(path)] = chosen[path];
+      cells.push_back(std::to_string(chosen[path]));
+    }
+    rows.push_back(std::move(row));
+    table.push_back(std::move(cells));
+  }
+  if (options.format == "json") {
+    print(to_text(Json{{"constants", to_json(constants)}, {"costs", rows}}));
+    return;
+  }
+  print(markdown_table(table) +
+        fmt::format(
+            "\nestimates of a mean layer; measured in ns per column: gather {:.4f} and grouped "
+            "{:.4f} per token and active neuron, grouped {:.4f} more per neuron that the "
+            "batch needs, masked {:.4f} per token and neuron, at least {:.4f} per neuron\n",
+            constants.gather, constants.grouped, constants.grouped_read, constants.masked,
+            constants.masked_least));
+}
+
 /// --crossover has other formats and defaults than the plain table; what the user gave stays.
 void run_bench(BenchOptions& options, const CLI::App& cmd) {
   const auto given = [&](const char* flag) { return cmd.get_option(flag)->count() > 0; };
+  if (options.costs) {
+    for (const char* flag :
+         {"--crossover", "--n-prompt", "--n-gen", "--batch-size", "--n-depth", "--repetitions"}) {
+      if (given(flag)) throw UsageError(fmt::format("{} does not go with --costs", flag));
+    }
+    if (options.format != "md" && options.format != "json") {
+      throw UsageError(fmt::format("-o {}: expected md or json with --costs", options.format));
+    }
+    if (!given("--sequences")) options.sequences = {1, 2, 4, 8, 16, 32, 64, 512};
+    costs(options);
+    return;
+  }
   if (!options.crossover) {
     for (const char* flag : {"--hybrid", "--active", "--json-file", "--svg-file"}) {
       if (given(flag)) throw UsageError(fmt::format("{} goes with --crossover", flag));
@@ -221,6 +310,9 @@ void add_bench(CLI::App& app, Action& action) {
   cmd->remove_option(cmd->get_option("--threads"));
   add_list(*cmd, "-t,--threads", options->threads, 1, 1024,
            "Threads (default: all cores this process may use)");
+  cmd->add_flag("--costs", options->costs,
+                "Measure what the ways to run a hybrid's layers cost on this machine, keep it for "
+                "later runs, print it with what is chosen by --sequences (tokens of a pass)");
   cmd->add_flag("--crossover", options->crossover,
                 "Decode speed of a hybrid over that of MODEL, by sequences and active fraction");
   cmd->add_option("--hybrid", options->hybrid, "--crossover: hybrid made from MODEL (.gguf)");
@@ -235,13 +327,14 @@ void add_bench(CLI::App& app, Action& action) {
   cmd->add_option("--svg-file", options->svg_file, "--crossover: also write the picture there");
   cmd->footer(
       R"(Bytes per token are counted by the kernels; the limit of decode is the memory's read bandwidth,
-that of prefill the FLOP/s of a bf16 matrix product, both measured in the same run with as many
-threads.
+that of prefill the FLOP/s of a bf16 matrix product, both measured with as many threads before,
+between and after the repetitions (median).
 
 Examples:
   moesaic bench SmolLM2.gguf
   moesaic bench hybrid.gguf -p 128,512 -n 128 -t 1,2 -r 10 -o json
   moesaic bench SmolLM2.gguf -p 0 -n 32 --sequences 1,4,16 -d 512
+  moesaic bench hybrid.gguf --costs
   moesaic bench SmolLM2.gguf --crossover --hybrid hybrid.gguf --svg-file crossover.svg)");
   cmd->callback(
       [options, cmd, &action] { action = [options, cmd] { run_bench(*options, *cmd); }; });

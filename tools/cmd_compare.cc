@@ -11,6 +11,7 @@
 #include "tools/progress.h"
 #include "tools/resident.h"
 #include "tools/session.h"
+#include "tools/statistics.h"
 
 namespace moesaic::tools {
 namespace {

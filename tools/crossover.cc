@@ -9,6 +9,7 @@
 
 #include "engine/throughput.h"
 #include "kernels/base/error.h"
+#include "tools/statistics.h"
 
 namespace moesaic::tools {
 namespace {

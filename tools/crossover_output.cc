@@ -5,6 +5,7 @@
 
 #include "converter/svg.h"
 #include "tools/crossover.h"
+#include "tools/statistics.h"
 
 namespace moesaic::tools {
 namespace {

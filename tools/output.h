@@ -28,8 +28,4 @@ std::string format_bytes(double bytes);
 /// "134.52 M".
 std::string format_count(std::int64_t n);
 
-/// Mean and spread of repeated measurements.
-double median(std::vector<double> samples);
-double sample_stddev(const std::vector<double>& samples);  // 0 for fewer than two
-
 }  // namespace moesaic::tools

@@ -10,6 +10,7 @@
 #include "models/panels.h"
 #include "models/secret_moe_file.h"
 #include "tools/output.h"
+#include "tools/path_constants.h"
 
 namespace moesaic::tools {
 namespace {
@@ -73,7 +74,7 @@ std::shared_ptr<const models::Checkpoint> load(const std::filesystem::path& path
                                                Context& context) {
   auto checkpoint = models::Checkpoint::load(path);
   if (context.activations != Activations::Q16) return checkpoint;
-  return models::with_panels(*checkpoint, context.pool);
+  return with_path_constants(context, models::with_panels(*checkpoint, context.pool));
 }
 
 }  // namespace

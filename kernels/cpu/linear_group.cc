@@ -14,6 +14,10 @@ namespace {
 // Up to here every thread makes all tiles for itself: quicker than to wait for the others.
 constexpr std::int64_t kOwnTileElements = 4096;
 
+// Bytes that a waiting thread fetches at most: a quarter of a second-level cache, and longer than
+// threads wait for each other.
+constexpr std::int64_t kReadAhead = 256 * 1024;
+
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
 bool uses_panels(const Context& ctx, const WeightView& w) {
@@ -107,27 +111,46 @@ PanelProduct product_of(const LinearOutput& output, Range range, const std::byte
           .accumulate = output.accumulate};
 }
 
+// A thread's part of the matrices of a linear_group(): equal bytes of all of them in a row.
+class Share {
+ public:
+  Share(std::int64_t total_bytes, int n_threads, int thread)
+      : begin_(total_bytes * thread / n_threads), end_(total_bytes * (thread + 1) / n_threads) {}
+
+  /// Its panels of the next matrix.
+  Range next(const WeightView& w) {
+    const std::int64_t bytes = panel_layout(w.dtype, w.cols).panel_bytes();
+    const std::int64_t n = n_panels(w);
+    // Panel i is whose share its first byte lies in.
+    const auto first_at = [&](std::int64_t at) {
+      return std::clamp<std::int64_t>((at - before_ + bytes - 1) / bytes, 0, n);
+    };
+    const Range own{first_at(std::max(begin_, before_)), first_at(std::max(end_, before_))};
+    before_ += n * bytes;
+    return own;
+  }
+
+ private:
+  std::int64_t begin_, end_;
+  std::int64_t before_ = 0;
+};
+
+// The same for a gated_linear(): the same rows of both, so that a thread can finish what it began.
+Range gated_share(const WeightView& w_gate, int n_threads, int thread) {
+  return split(n_panels(w_gate), n_threads, thread);
+}
+
 void group_panels(Context& ctx, const LinearInput& input, std::span<const LinearOutput> outputs) {
   const Workspace::Scope scope(ctx.workspace);
   Tiles tiles(ctx, input, outputs);
-  // Threads get equal bytes of all matrices in a row.
   std::int64_t total = 0;
   for (const LinearOutput& output : outputs) total += panel_bytes(output.w);
   ctx.pool.run([&](int thread) {
     tiles.make(thread);
-    const std::int64_t begin = total * thread / ctx.pool.n_threads();
-    const std::int64_t end = total * (thread + 1) / ctx.pool.n_threads();
-    std::int64_t before = 0;
+    Share share(total, ctx.pool.n_threads(), thread);
     for (const LinearOutput& output : outputs) {
       if (output.w.rows == 0) continue;
-      const std::int64_t bytes = panel_layout(output.w.dtype, output.w.cols).panel_bytes();
-      const std::int64_t n = n_panels(output.w);
-      // Panel i is whose share its first byte lies in.
-      const auto first_at = [&](std::int64_t at) {
-        return std::clamp<std::int64_t>((at - before + bytes - 1) / bytes, 0, n);
-      };
-      const Range own{first_at(std::max(begin, before)), first_at(std::max(end, before))};
-      before += n * bytes;
+      const Range own = share.next(output.w);
       if (own.size() == 0) continue;
       multiply_panels(product_of(output, own, tiles.tiles(tile_kind(output.w.dtype), thread)));
     }
@@ -183,8 +206,7 @@ void gated_linear(Context& ctx, const LinearInput& input, Activation phi, const 
   Tiles tiles(ctx, input, outputs);
   ctx.pool.run([&](int thread) {
     tiles.make(thread);
-    // The same rows of both, so that a thread can finish what it began.
-    const Range own = split(n_panels(w_gate), ctx.pool.n_threads(), thread);
+    const Range own = gated_share(w_gate, ctx.pool.n_threads(), thread);
     if (own.size() == 0) return;
     for (const LinearOutput& output : outputs) {
       multiply_panels(product_of(output, own, tiles.tiles(tile_kind(output.w.dtype), thread)));
@@ -197,6 +219,29 @@ void gated_linear(Context& ctx, const LinearInput& input, Activation phi, const 
     }
   });
   ctx.tally.add(traffic, panel_bytes(w_gate) + panel_bytes(w_up));
+}
+
+void read_ahead(Context& ctx, const Upcoming& upcoming) {
+  const int n_threads = ctx.pool.n_threads();
+
+  if (ctx.activations != Activations::Q16 || n_threads == 1) return;
+  std::int64_t total = 0;
+  for (const WeightView& w : upcoming.weights) {
+    if (w.rows > 0 && w.panels == nullptr) return;
+    total += panel_bytes(w);
+  }
+  for (int thread = 0; thread < n_threads; ++thread) {
+    Share share(total, n_threads, thread);
+    for (const WeightView& w : upcoming.weights) {
+      if (w.rows == 0) continue;
+      const Range own = upcoming.gated ? gated_share(w, n_threads, thread) : share.next(w);
+      if (own.size() == 0) continue;
+      const std::int64_t bytes = panel_layout(w.dtype, w.cols).panel_bytes();
+      ctx.pool.set_read_ahead(
+          thread, {w.panels + own.begin * bytes, size(std::min(own.size() * bytes, kReadAhead))});
+      break;
+    }
+  }
 }
 
 }  // namespace moesaic::kernels

@@ -1,6 +1,7 @@
 #include "kernels/secret_moe.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/base/error.h"
 #include "kernels/cpu/matvec.h"
@@ -16,17 +17,6 @@ namespace {
 // Tokens that are routed and kept together: bounds the scratch, and from here on a product is as
 // fast as it gets.
 constexpr std::int64_t kChunk = 512;
-
-// What the batched paths with packed weights cost beyond the routing that both need, two threads of
-// a Zen 4, SmolLM2-135M's layer with 128 shared and 256 of 1,408 experts in Q4_1, µs:
-//
-//   tokens      2     4     8    16    64
-//   grouped    54    89   171   303  1090
-//   masked    115   131   194   352  1200
-//   routing     8    16    32    64   256 (about 4 a token)
-constexpr double kNsPerGroupedElement = 0.059;  // neuron, token and column
-constexpr double kNsPerMaskedElement = 0.0167;  // likewise, every neuron counted
-constexpr double kNsPerByte = 0.033;            // of the panels, when few tokens share them
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
@@ -140,16 +130,23 @@ bool uses_packed(const Context& ctx, const SecretMoeView& layer) {
   return ctx.activations == Activations::Q16 && layer.all_down.panels != nullptr;
 }
 
+double distinct_neurons(const SecretMoeView& layer, std::int64_t n_tokens) {
+  const auto n_experts = static_cast<double>(layer.n_experts());
+  if (n_experts == 0) return static_cast<double>(layer.n_shared());
+  const double missed = std::pow(1 - static_cast<double>(layer.n_active) / n_experts, n_tokens);
+  return static_cast<double>(layer.n_shared()) + n_experts * (1 - missed);
+}
+
 PathCosts packed_path_costs(const SecretMoeView& layer, std::int64_t n_tokens) {
+  const PathConstants& c = layer.costs;
   const auto d_model = static_cast<double>(layer.d_model());
   const auto tokens = static_cast<double>(n_tokens);
-  const auto n_neurons = static_cast<double>(layer.n_shared() + layer.n_experts());
-  const auto n_active = static_cast<double>(layer.n_shared() + layer.n_active);
-  const double bytes = static_cast<double>(panel_bytes(layer.all_gate) + panel_bytes(layer.all_up) +
-                                           panel_bytes(layer.all_down));
-  return {
-      .grouped = tokens * n_active * d_model * kNsPerGroupedElement,
-      .masked = std::max(tokens * n_neurons * d_model * kNsPerMaskedElement, bytes * kNsPerByte)};
+  const double all = static_cast<double>(layer.n_shared() + layer.n_experts()) * d_model;
+  const double active = static_cast<double>(layer.n_shared() + layer.n_active) * d_model;
+  return {.gather = c.gather * tokens * active,
+          .grouped = c.grouped * tokens * active +
+                     c.grouped_read * distinct_neurons(layer, n_tokens) * d_model,
+          .masked = std::max(c.masked * tokens, c.masked_least) * all};
 }
 
 // SmolLM2-135M's layer (d_model 576, 128 shared and 384 of 1,408 experts in Q4_1), one thread of a
@@ -165,9 +162,9 @@ PathCosts packed_path_costs(const SecretMoeView& layer, std::int64_t n_tokens) {
 // of the pool a batch.
 MoePath choose_moe_path(const Context& ctx, const SecretMoeView& layer, std::int64_t n_tokens) {
   if (uses_packed(ctx, layer)) {
-    if (n_tokens == 1) return MoePath::Gather;
     const PathCosts costs = packed_path_costs(layer, n_tokens);
-    return costs.grouped < costs.masked ? MoePath::Grouped : MoePath::Masked;
+    if (costs.gather <= std::min(costs.grouped, costs.masked)) return MoePath::Gather;
+    return costs.grouped <= costs.masked ? MoePath::Grouped : MoePath::Masked;
   }
   if (n_tokens <= 4) return MoePath::Gather;
   return n_tokens <= 64 ? MoePath::Grouped : MoePath::Masked;

@@ -209,6 +209,20 @@ TEST_P(Panels, GatedEqualsItsParts) {
   }
 }
 
+// The hint changes nothing, whatever comes after it: other weights, ones without panels, none.
+TEST_P(Panels, ReadAheadChangesNothing) {
+  const Panelled a(DType::Q8_0, 40, 96, 1), b(DType::Q4_1, 5, 96, 2);
+  const std::vector<float> x = normal_values(96, 5);
+  const std::vector<float> expected = multiply(a.view, x, lender);
+  for (const Upcoming& upcoming :
+       {Upcoming{}, Upcoming{.weights = {a.view}}, Upcoming{.weights = {b.view, a.view}},
+        Upcoming{.weights = {a.view, a.view}, .gated = true},
+        Upcoming{.weights = {b.packed.view()}}}) {
+    read_ahead(lender.ctx, upcoming);
+    EXPECT_EQ(multiply(a.view, x, lender), expected);
+  }
+}
+
 // Without panels, or with other activations, the file's rows are read.
 TEST_P(Panels, OnlyForQ16) {
   const Panelled w(DType::Q4_1, 20, 64, 1);

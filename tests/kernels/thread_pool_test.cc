@@ -82,6 +82,22 @@ TEST_P(ThreadPoolOf, WakesThreadsThatSleep) {
   EXPECT_EQ(total, 20 * pool.n_threads());
 }
 
+// The hint is taken between runs, while workers spin: a race here is what TSan would find.
+TEST_P(ThreadPoolOf, ReadAheadLeavesRunsAsTheyAre) {
+  ThreadPool pool(GetParam());
+  const std::vector<std::byte> memory(1 << 16);
+  std::vector<int> calls(static_cast<std::size_t>(pool.n_threads()), 0);
+  for (int i = 1; i <= 500; ++i) {
+    for (int thread = 0; thread < pool.n_threads(); ++thread) {
+      // Not a multiple of a cache line, nothing, and past what anybody waits for.
+      const std::size_t bytes = i % 3 == 0 ? 0 : i % 3 == 1 ? 100 : memory.size();
+      pool.set_read_ahead(thread, std::span(memory).first(bytes));
+    }
+    pool.run([&](int thread) { ++calls[static_cast<std::size_t>(thread)]; });
+    ASSERT_EQ(calls, std::vector<int>(calls.size(), i));
+  }
+}
+
 TEST_P(ThreadPoolOf, RunsAtTheMomentWorkersFallAsleep) {
   ThreadPool pool(GetParam());
   std::atomic<int> calls{0};

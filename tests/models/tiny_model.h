@@ -39,7 +39,7 @@ class TinyModel {
  public:
   static constexpr std::int64_t kModel = 64, kFf = 96, kVocab = 80;
   static constexpr int kHeads = 4, kKvHeads = 2;
-  static constexpr std::int64_t kShared = 10, kExperts = 40, kActive = 7, kRank = 32, kBypass = 32;
+  static constexpr std::int64_t kShared = 24, kExperts = 40, kActive = 7, kRank = 32, kBypass = 32;
 
   /// `change` may alter what is written: metadata and tensors by name.
   explicit TinyModel(const TinyOptions& options, const std::function<void(TinyModel&)>& change = {})

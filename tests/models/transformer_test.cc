@@ -358,7 +358,7 @@ TEST(Checkpoint, HybridLayersMissingPartsAreRefused) {
 TEST(Checkpoint, ActiveFractionCountsRouterAndBypass) {
   EXPECT_EQ(TinyModel({}).load()->active_fraction(), 1.0);
   const double dense = 3 * 64 * 96;
-  const double moe = 3 * 64 * (10 + 7) + 32 * (64 + 40) + 2 * 32 * 64;
+  const double moe = 3 * 64 * (24 + 7) + 32 * (64 + 40) + 2 * 32 * 64;
   EXPECT_DOUBLE_EQ(TinyModel({.moe_layers = {0}}).load()->active_fraction(), (1 + moe / dense) / 2);
 }
 

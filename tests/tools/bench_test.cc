@@ -7,6 +7,7 @@
 #include <iterator>
 #include <sstream>
 
+#include "kernels/neurons.h"
 #include "tests/tools/program.h"
 
 namespace moesaic::tools {
@@ -127,8 +128,12 @@ TEST_F(Bench, TableNamesBothLimits) {
       run_program({"bench", dense_.path, "-p", "16", "-n", "4", "-r", "1", "-q"});
   ASSERT_EQ(run.status, 0) << run.err;
   EXPECT_NE(run.out.find("| pp16 |"), std::string::npos) << run.out;
-  EXPECT_NE(run.out.find("bandwidth"), std::string::npos) << run.out;
-  EXPECT_NE(run.out.find("bf16 GEMM peak"), std::string::npos) << run.out;
+  for (const char* test : {"pp16", "tg4"}) {
+    const std::string line = std::string(test) + ", ";  // the last lines, one for each test
+    EXPECT_NE(run.out.find("\n" + line), std::string::npos) << run.out;
+  }
+  EXPECT_NE(run.out.find("memory gave"), std::string::npos) << run.out;
+  EXPECT_NE(run.out.find("GFLOP/s"), std::string::npos) << run.out;
   EXPECT_EQ(run.out.find("n_batch"), std::string::npos) << run.out;
 }
 
@@ -177,6 +182,75 @@ TEST_F(Bench, ListsOutOfRangeAreRefused) {
   }
 }
 
+// The program inherits the environment: the folder stands for the user's cache.
+class Costs : public Bench {
+ protected:
+  Costs() { setenv("MOESAIC_CACHE", folder_.path().c_str(), 1); }
+  ~Costs() override { unsetenv("MOESAIC_CACHE"); }
+};
+
+TEST_F(Costs, AreMeasuredKeptAndExplainTheChoice) {
+  if (!kernels::has_neurons(DType::BF16, TinyModel::kModel)) {
+    GTEST_SKIP() << "needs AVX-512 with VNNI and bfloat16";
+  }
+  TinyModel packed({.dtype = DType::BF16, .moe_layers = {0, 1}}, prepare);
+  const std::filesystem::path file = folder_.path() / "path-constants.json";
+  std::ofstream(file) << R"({"another machine": {"gather": 1}})";
+  const ProgramRun run = run_program(
+      {"bench", packed.path, "--costs", "--sequences", "1,64", "-o", "json", "-t", "1", "-q"});
+  ASSERT_EQ(run.status, 0) << run.err;
+  const json result = run.json();
+  const json& c = result["constants"];
+  ASSERT_EQ(result["costs"].size(), 2U);
+  const double active = TinyModel::kShared + TinyModel::kActive;
+  const double all = TinyModel::kShared + TinyModel::kExperts;
+  for (const json& row : result["costs"]) {
+    const double n = row["n_tokens"];
+    const double us = TinyModel::kModel / 1e3;
+    EXPECT_NEAR(row["gather_us"].get<double>(), n * active * c["gather"].get<double>() * us, 1e-6);
+    EXPECT_NEAR(row["masked_us"].get<double>(),
+                all * std::max(n * c["masked"].get<double>(), c["masked_least"].get<double>()) * us,
+                1e-6);
+    const double least = std::min({row["gather_us"].get<double>(), row["grouped_us"].get<double>(),
+                                   row["masked_us"].get<double>()});
+    for (const char* path : {"gather", "grouped", "masked"}) {
+      const bool chosen = row["layers_" + std::string(path)] == 2;
+      EXPECT_EQ(row["layers_" + std::string(path)].get<int>(), chosen ? 2 : 0) << run.out;
+      if (!chosen) continue;
+      EXPECT_DOUBLE_EQ(row[std::string(path) + "_us"].get<double>(), least) << run.out;
+    }
+  }
+  const json kept = json::parse(file_text(file));
+  EXPECT_EQ(kept.size(), 2U) << kept;  // what stood there stays
+  EXPECT_TRUE(kept.contains("another machine"));
+  const ProgramRun table = run_program({"bench", packed.path, "--costs", "-q"});
+  ASSERT_EQ(table.status, 0) << table.err;
+  EXPECT_NE(table.out.find("\n| 512 "), std::string::npos) << table.out;
+}
+
+TEST_F(Costs, CacheThatCannotBeReadOrWrittenIsNoError) {
+  if (!kernels::has_neurons(DType::BF16, TinyModel::kModel)) {
+    GTEST_SKIP() << "needs AVX-512 with VNNI and bfloat16";
+  }
+  TinyModel packed({.dtype = DType::BF16, .moe_layers = {0}}, prepare);
+  std::ofstream(folder_.path() / "path-constants.json") << "{ not JSON";
+  EXPECT_EQ(run_program({"bench", packed.path, "--costs", "-q"}).status, 0);
+  EXPECT_TRUE(json::parse(file_text(folder_.path() / "path-constants.json")).is_object());
+  setenv("MOESAIC_CACHE", "/proc/nowhere", 1);
+  EXPECT_EQ(run_program({"bench", packed.path, "--costs", "-q"}).status, 0);
+}
+
+TEST_F(Costs, Usage) {
+  expect_one_line_error(run_program({"bench", dense_.path, "--costs", "-q"}), 1,
+                        "expected a hybrid");
+  for (const std::vector<std::string>& more :
+       {std::vector<std::string>{"--crossover"}, {"-p", "1"}, {"-r", "2"}, {"-o", "csv"}}) {
+    std::vector<std::string> arguments = {"bench", hybrid_.path, "--costs"};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    expect_one_line_error(run_program(arguments), 2, "--costs");
+  }
+}
+
 TEST_F(Bench, CrossoverSweepsBatchesAndFractions) {
   const std::filesystem::path svg = folder_.path() / "crossover.svg";
   const std::filesystem::path written = folder_.path() / "crossover.json";
@@ -193,7 +267,7 @@ TEST_F(Bench, CrossoverSweepsBatchesAndFractions) {
   // From no routed neuron to all: d_model · (3 (shared + active) + 2 bypass + rank) + rank ·
   // experts over 3 · d_model · d_ff.
   const auto fraction = [](double active) {
-    return (64 * (3 * (10 + active) + 2 * 32 + 32) + 32 * 40) / (3.0 * 64 * 96);
+    return (64 * (3 * (TinyModel::kShared + active) + 2 * 32 + 32) + 32 * 40) / (3.0 * 64 * 96);
   };
   ASSERT_EQ(result["active_fractions"].size(), 6U);
   EXPECT_DOUBLE_EQ(result["active_fractions"][0].get<double>(), fraction(0));
