@@ -15,7 +15,7 @@ namespace moesaic::kernels {
 struct PathConstants {
   double gather = 0.13;         // per token, active neuron and column
   double grouped = 0.085;       // likewise
-  double grouped_read = 0.045;  // per neuron that any token of the batch needs, and column
+  double grouped_read = 0.055;  // per neuron that any token of the batch needs, and column
   double masked = 0.0225;       // per token, neuron and column, unselected neurons counted
   double masked_least = 0.14;   // per neuron and column: what a batch takes at least
 };
