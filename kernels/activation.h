@@ -1,5 +1,7 @@
 #pragma once
 
+#include <span>
+
 #include "kernels/base/context.h"
 #include "kernels/base/view.h"
 
@@ -16,5 +18,10 @@ float activate(Activation phi, float x);
 
 /// h = φ(gate) ⊙ up.   gate, up, h [n_tokens, d_ff]; h may be gate or up. Throws ShapeError.
 void gated_activation(Context& ctx, Activation phi, ConstMatrix gate, ConstMatrix up, Matrix h);
+
+/// value = φ(x), slope = φ'(x), for a backward pass; on the calling thread. All of one length;
+/// value or slope may be x. Throws ShapeError.
+void activation_slope(Activation phi, std::span<const float> x, std::span<float> value,
+                      std::span<float> slope);
 
 }  // namespace moesaic::kernels

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <span>
 
 #include "kernels/activation.h"
@@ -67,5 +68,17 @@ void round_to_bf16(std::span<const float> src, std::span<float> dst);
 /// With Activations::BF16 in the context, A and B are rounded to bfloat16, sums stay float32.
 void gemm(Context& ctx, bool trans_a, bool trans_b, float alpha, ConstMatrix a, ConstMatrix b,
           float beta, Matrix c);
+
+/// The same with operands that are raw bfloat16 already; sums float32.
+void gemm(Context& ctx, bool trans_a, bool trans_b, float alpha, MatrixView<const std::uint16_t> a,
+          MatrixView<const std::uint16_t> b, float beta, Matrix c);
+
+/// The same in float32 on the calling thread alone, for work that is split over threads by other
+/// borders than one product's.
+void gemm_on_this_thread(bool trans_a, bool trans_b, float alpha, ConstMatrix a, ConstMatrix b,
+                         float beta, Matrix c);
+
+/// dst[i] = the raw bfloat16 of src[i], nearest even; on the calling thread. Throws ShapeError.
+void to_bf16(std::span<const float> src, std::span<std::uint16_t> dst);
 
 }  // namespace moesaic::kernels

@@ -41,6 +41,64 @@ HWY_INLINE Vec activate_lanes(Vec x) {
   return hn::Mul(bounded, hn::Div(numerator, hn::Add(one, e)));
 }
 
+// φ(x) and φ'(x) = σ(z) + x z' σ(z)(1 − σ(z)), the last factor as e/(1 + e)²: no cancellation.
+template <Activation kPhi>
+HWY_INLINE void slope_lanes(Vec x, Vec& value, Vec& slope) {
+  const Tag d;
+  const Vec limit = hn::Set(d, 100.0f);  // e is 0 beyond, on both sides
+  const Vec floor = hn::Neg(limit);
+  const Vec bounded = hn::IfThenElse(hn::Lt(x, floor), floor, x);
+  const Vec inner = hn::IfThenElse(hn::Gt(bounded, limit), limit, bounded);
+  const Vec one = hn::Set(d, 1.0f);
+  Vec z = inner;
+  Vec z_slope = one;
+  if constexpr (kPhi == Activation::GeluTanh) {
+    const Vec square = hn::Mul(inner, inner);
+    const Vec root = hn::Set(d, 1.5957691216057308f);
+    z = hn::Mul(inner, hn::MulAdd(square, hn::Set(d, 0.0713548162726f), root));
+    z_slope = hn::MulAdd(square, hn::Set(d, 3 * 0.0713548162726f), root);
+  }
+  const Vec e = exp_not_positive(d, hn::Neg(hn::Abs(z)));
+  const Vec inverse = hn::Div(one, hn::Add(one, e));
+  const Vec sigma = hn::Mul(hn::IfThenElse(hn::Lt(z, hn::Zero(d)), e, one), inverse);
+  const Vec sigma_slope = hn::Mul(e, hn::Mul(inverse, inverse));
+  value = hn::Mul(bounded, sigma);
+  slope = hn::MulAdd(hn::Mul(inner, z_slope), sigma_slope, sigma);
+}
+
+template <Activation kPhi>
+HWY_INLINE void slope_row(const float* x, std::size_t n, float* value, float* slope) {
+  const Tag d;
+  const std::size_t lanes = hn::Lanes(d);
+  Vec v, s;
+  std::size_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    slope_lanes<kPhi>(hn::LoadU(d, x + i), v, s);
+    hn::StoreU(v, d, value + i);
+    hn::StoreU(s, d, slope + i);
+  }
+  if (i == n) return;
+  // The rest through padded vectors, so that an element's value does not depend on its place.
+  HWY_ALIGN float rest[hn::MaxLanes(d)] = {};
+  HWY_ALIGN float rest_slope[hn::MaxLanes(d)] = {};
+  for (std::size_t j = i; j < n; ++j) rest[j - i] = x[j];
+  slope_lanes<kPhi>(hn::Load(d, rest), v, s);
+  hn::Store(v, d, rest);
+  hn::Store(s, d, rest_slope);
+  for (std::size_t j = i; j < n; ++j) {
+    value[j] = rest[j - i];
+    slope[j] = rest_slope[j - i];
+  }
+}
+
+void silu_slope_row(const float* x, std::size_t n, float* value, float* slope) {
+  slope_row<Activation::Silu>(x, n, value, slope);
+}
+
+void gelu_slope_row(const float* x, std::size_t n, float* value, float* slope) {
+  slope_row<Activation::GeluTanh>(x, n, value, slope);
+}
+
 template <Activation kPhi>
 HWY_INLINE void gated_row(const float* gate, const float* up, std::size_t n, float* h) {
   const Tag d;
@@ -76,6 +134,8 @@ namespace moesaic::kernels {
 
 HWY_EXPORT(silu_row);
 HWY_EXPORT(gelu_row);
+HWY_EXPORT(silu_slope_row);
+HWY_EXPORT(gelu_slope_row);
 
 float activate(Activation phi, float x) {
   double z = x;
@@ -97,6 +157,16 @@ void gated_activation(Context& ctx, Activation phi, ConstMatrix gate, ConstMatri
       row(gate.row(t), up.row(t), static_cast<std::size_t>(gate.cols), h.row(t));
     }
   });
+}
+
+void activation_slope(Activation phi, std::span<const float> x, std::span<float> value,
+                      std::span<float> slope) {
+  require<ShapeError>(value.size() == x.size() && slope.size() == x.size(),
+                      "activation: {} elements, {} values and {} slopes, expected as many of each",
+                      x.size(), value.size(), slope.size());
+  const auto row = phi == Activation::Silu ? HWY_DYNAMIC_DISPATCH(silu_slope_row)
+                                           : HWY_DYNAMIC_DISPATCH(gelu_slope_row);
+  row(x.data(), x.size(), value.data(), slope.data());
 }
 
 }  // namespace moesaic::kernels

@@ -109,6 +109,36 @@ TEST_P(GatedActivation, EmptyBatch) {
                                             {nullptr, 0, 8}, {nullptr, 0, 8}));
 }
 
+// φ' against a central difference of the reference: its error is h²/6 of a third derivative below
+// 2, and the rounding of the two values over h.
+TEST_P(GatedActivation, SlopeIsTheDerivative) {
+  const auto x = grid();
+  for (const Activation phi : kBoth) {
+    std::vector<float> value(x.size());
+    std::vector<float> slope(x.size());
+    kernels::activation_slope(phi, x, value, slope);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const double expected = reference::activate(phi, x[i]);
+      EXPECT_NEAR(value[i], expected, tolerance(phi, x[i], expected)) << "x = " << x[i];
+      const double h = 1e-4;
+      const double difference =
+          (reference::activate(phi, x[i] + h) - reference::activate(phi, x[i] - h)) / (2 * h);
+      if (std::abs(x[i]) > 1e6f) {
+        EXPECT_EQ(slope[i], x[i] > 0 ? 1.0f : 0.0f) << "x = " << x[i];
+      } else {
+        const double rounding = 1e-15 * (1 + std::abs(double{x[i]})) / h;
+        EXPECT_NEAR(slope[i], difference, 1e-8 + rounding + 16 * kEps) << "x = " << x[i];
+      }
+    }
+  }
+  for (const std::size_t n : {std::size_t{0}, std::size_t{1}, std::size_t{33}}) {
+    std::vector<float> value(n);
+    std::vector<float> slope(n);
+    kernels::activation_slope(Activation::Silu, std::span(x).first(n), value, slope);
+    for (std::size_t i = 0; i < n; ++i) EXPECT_FALSE(std::isnan(slope[i]));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Targets, GatedActivation, every_target(), target_name);
 
 TEST(Activate, MatchesTheReference) {

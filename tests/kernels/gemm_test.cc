@@ -110,5 +110,49 @@ TEST(Gemm, MismatchNamesShapes) {
   }
 }
 
+// Operands that are bfloat16 already give what the same values in float32 give under
+// Activations::BF16.
+TEST(Gemm, RawBfloat16EqualsRoundedFloats) {
+  for (const bool trans_a : {false, true}) {
+    for (const bool trans_b : {false, true}) {
+      const std::vector<float> a = normal_values(40 * 24, 1);
+      const std::vector<float> b = normal_values(40 * 24, 2);
+      std::vector<std::uint16_t> a_bits(a.size());
+      std::vector<std::uint16_t> b_bits(b.size());
+      to_bf16(a, a_bits);
+      to_bf16(b, b_bits);
+      // A [40, 24] or [24, 40] by B, so that op(A) is [24, 40] where transposed.
+      const std::int64_t rows = trans_a ? 40 : 24;
+      const std::int64_t b_rows = trans_b ? 24 : 40;
+      Lender lender(2);
+      lender.ctx.activations = Activations::BF16;
+      std::vector<float> expected(24 * 24, 0.5f);
+      std::vector<float> found = expected;
+      gemm(lender.ctx, trans_a, trans_b, 1, ConstMatrix(a.data(), rows, 64 - rows),
+           ConstMatrix(b.data(), b_rows, 64 - b_rows), 1, Matrix(expected.data(), 24, 24));
+      using Bits = MatrixView<const std::uint16_t>;
+      gemm(lender.ctx, trans_a, trans_b, 1, Bits(a_bits.data(), rows, 64 - rows),
+           Bits(b_bits.data(), b_rows, 64 - b_rows), 1, Matrix(found.data(), 24, 24));
+      EXPECT_EQ(found, expected);
+    }
+  }
+}
+
+TEST(Gemm, OnThisThreadEqualsOnAll) {
+  const std::vector<float> a = normal_values(33 * 20, 1);
+  const std::vector<float> b = normal_values(20 * 7, 2);
+  std::vector<float> expected(33 * 7, 2.0f);
+  std::vector<float> found = expected;
+  Lender lender(1);
+  gemm(lender.ctx, false, false, 1, ConstMatrix(a.data(), 33, 20), ConstMatrix(b.data(), 20, 7), 1,
+       Matrix(expected.data(), 33, 7));
+  gemm_on_this_thread(false, false, 1, ConstMatrix(a.data(), 33, 20), ConstMatrix(b.data(), 20, 7),
+                      1, Matrix(found.data(), 33, 7));
+  EXPECT_EQ(found, expected);
+  EXPECT_THROW(gemm_on_this_thread(false, false, 1, ConstMatrix(a.data(), 33, 20),
+                                   ConstMatrix(b.data(), 7, 20), 1, Matrix(found.data(), 33, 7)),
+               ShapeError);
+}
+
 }  // namespace
 }  // namespace moesaic::kernels
