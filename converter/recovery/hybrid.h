@@ -1,0 +1,138 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "converter/recovery/attention.h"
+#include "converter/recovery/dense.h"
+#include "converter/recovery/moe.h"
+#include "converter/recovery/rotary.h"
+#include "models/transformer.h"
+
+namespace moesaic::converter {
+
+/// Where the milliseconds of a step go.
+struct StepTimes {
+  double attention_forward = 0, mlp_forward = 0, head = 0, mlp_backward = 0, attention_backward = 0;
+};
+
+/// A hybrid checkpoint as training sees it: embeddings, attention, norms, head and dense MLPs
+/// frozen, the secret-MoE layers' parameters free. Forward as models::Transformer, on windows of
+/// text that each begin at position 0; backward by hand. P: Float64, Float32 or Bfloat16
+/// (arithmetic.h).
+template <class P>
+class Hybrid {
+ public:
+  using Scalar = typename P::Scalar;
+  using Operand = typename P::Operand;
+
+  /// Unpacks the checkpoint. With `recompute`, a layer keeps nothing but its input between forward
+  /// and backward, and runs a second time; without it every layer keeps its tape, about 30 ·
+  /// d_ff bytes a token. Throws FormatError for NaN or infinite weights.
+  Hybrid(const models::Checkpoint& checkpoint, Context& ctx, std::int64_t n_ctx, bool recompute);
+
+  /// Takes the parameters over after they changed.
+  void refresh();
+
+  /// h = the final normed hidden states.   tokens [n] whole windows, h [n, d_model]
+  void forward(std::span<const std::int32_t> tokens, MatrixView<Operand> h);
+
+  struct Losses {
+    double kl = 0;         // Σ over rows
+    double auxiliary = 0;  // regression loss of the routers, mean over converted layers
+  };
+
+  /// KL divergence from the teacher, Σ over rows, and no gradients. `teacher` [n, d_model]: the
+  /// dense model's final normed hidden states.
+  double divergence(std::span<const std::int32_t> tokens, MatrixView<const Operand> teacher);
+
+  /// Adds to the gradients those of
+  ///   Σ_t KL_t / n_step + Σ_layers auxiliary regression loss (moe.h), weights ω_t / n_step,
+  /// ω_t = 1 / ‖residual stream before the MLP‖² (over mean(y²) too where a norm follows the MLP),
+  /// scaled to mean 1 over the rows given. n_step: rows of the whole step.
+  Losses gradients(std::span<const std::int32_t> tokens, MatrixView<const Operand> teacher,
+                   std::int64_t n_step);
+
+  // Converted layers, in order.
+  struct Converted {
+    int layer = 0;
+    MoeLayer<P> moe;
+    RouterTraining router;
+    MoeParameters<Scalar>& parameters;
+    MoeParameters<Scalar>& gradient;
+  };
+  std::vector<Converted>& converted() { return converted_; }
+
+  /// Called in gradients() for each converted layer before its backward, with the operands x and c
+  /// of its first `contribution_rows` rows and their weights ω.
+  using ContributionObserver =
+      std::function<void(std::size_t index, MatrixView<const Operand> x,
+                         MatrixView<const Operand> c, std::span<const Scalar> weight)>;
+  void observe(std::int64_t contribution_rows, ContributionObserver observer) {
+    contribution_rows_ = contribution_rows;
+    observer_ = std::move(observer);
+  }
+
+  MatrixView<const Operand> head() const { return head_.view(); }
+  StepTimes& times() { return times_; }
+  int first_converted() const { return converted_.empty() ? n_layers() : converted_.front().layer; }
+  int n_layers() const { return static_cast<int>(layers_.size()); }
+
+ private:
+  struct Layer {
+    std::vector<Scalar> attn_norm, q_norm, k_norm, post_attn_norm, mlp_norm, post_mlp_norm;
+    Storage<Operand> w_qkv;  // [(n_heads + 2 n_kv_heads) · head_dim, d_model]
+    Storage<Operand> w_o;    // [d_model, n_heads · head_dim]
+    AttentionShape attention;
+    const RotaryTable<Scalar>* rotary = nullptr;
+    DenseLayer<P> dense;
+    std::optional<std::size_t> converted;  // index
+  };
+  struct Tape {
+    Storage<Scalar> qkv;         // after norms and rotation
+    Storage<Scalar> qk_raw;      // before them, where heads are normed
+    Storage<Scalar> mixed, lse;  // attention's output before W_o
+    Storage<Scalar> attn_out;    // W_o's, where a norm follows
+    Storage<Scalar> r_mid;       // the stream before the MLP
+    Storage<Scalar> mlp_out;     // where a norm follows
+    MoeTape<P> moe;
+    DenseTape<P> dense;
+  };
+
+  void load_layer(const models::Checkpoint& checkpoint, int index);
+  void run_layer(int index, MatrixView<Scalar> r, Tape& tape, std::int64_t contribution_rows);
+  void attention_block(const Layer& layer, MatrixView<Scalar> r, Tape& tape);
+  void attention_backward_block(const Layer& layer, MatrixView<const Scalar> r_in, Tape& tape,
+                                MatrixView<Scalar> dr);
+  double mlp_backward_block(Layer& layer, std::int64_t n_step, Tape& tape, bool need_dr,
+                            MatrixView<Scalar> dr);
+  std::vector<Scalar> weights(MatrixView<const Scalar> r, MatrixView<const Scalar> y) const;
+  MatrixView<Scalar> heads(MatrixView<Scalar> x) const;
+  Tape& tape(int index) { return tapes_[recompute_ ? 0 : static_cast<std::size_t>(index)]; }
+  void run_layers(std::span<const std::int32_t> tokens, MatrixView<Scalar> r, bool keep);
+
+  models::ModelConfig config_;
+  Context& ctx_;
+  std::int64_t n_ctx_;
+  bool recompute_;
+  Scalar eps_;
+  WeightView embedding_;
+  std::vector<Scalar> output_norm_;
+  Storage<Operand> head_;
+  std::map<double, RotaryTable<Scalar>> rotaries_;
+  std::vector<Layer> layers_;
+  std::vector<std::unique_ptr<MoeParameters<Scalar>>> parameters_, gradients_;
+  std::vector<Converted> converted_;
+  std::vector<Tape> tapes_;
+  std::vector<Storage<Scalar>> inputs_;  // [n_layers] the stream before each layer
+  std::int64_t contribution_rows_ = 0;
+  ContributionObserver observer_;
+  StepTimes times_;
+};
+
+}  // namespace moesaic::converter
