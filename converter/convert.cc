@@ -16,6 +16,7 @@
 #include "converter/fit.h"
 #include "converter/linalg.h"
 #include "converter/recipe.h"
+#include "converter/recovery/recover_file.h"
 #include "converter/report.h"
 #include "converter/sensitivity.h"
 #include "converter/state.h"
@@ -43,6 +44,7 @@ struct Job {
   const Recipe& recipe;
   std::int64_t n_tokens;
   PlanShape shape;
+  RecoverOptions recover;  // tokens 0: none
 };
 
 // The format of a layer's expert rows: what was asked for, else the dense layer's own where it can
@@ -125,6 +127,9 @@ nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::str
   j["threads"] = n_threads;
   j["expert_type"] = o.expert_dtype ? std::string(traits(*o.expert_dtype).name) : "auto";
   j["router_type"] = o.router_dtype ? std::string(traits(*o.router_dtype).name) : "auto";
+  if (job.recover.tokens > 0) {
+    j["recover"] = nlohmann::ordered_json::parse(options_json(job.recover));
+  }
   return j;
 }
 
@@ -195,6 +200,7 @@ struct LayerCosts {
 };
 constexpr double kSensitivityCost = 8;  // per token of its sample and layer
 constexpr double kSampleCost = 57;      // per token that the model draws
+constexpr double kRecoverCost = 90;     // per token that recovery trains on
 
 // The two residual streams of a conversion: of the dense model, and of the hybrid as far as it
 // exists.
@@ -404,8 +410,15 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
                       "{}: is a hybrid already, expected a dense checkpoint",
                       options.model.string());
   const auto tokenizer = models::load_tokenizer(*checkpoint->file);
-  Job job{options, recipe, options.tokens > 0 ? options.tokens : recipe.tokens, {}};
+  Job job{
+      options, recipe, options.tokens > 0 ? options.tokens : recipe.tokens, {}, options.recover};
   job.shape = plan_shape(checkpoint->config, recipe);
+  require<InputError>(recipe.recover_tokens > 0 || options.recover.tokens == 0,
+                      "--recover-tokens: the recipe \"{}\" does not recover, \"best\" does",
+                      recipe.name);
+  if (job.recover.tokens == 0) job.recover.tokens = recipe.recover_tokens;
+  job.recover.seed = options.seed;
+  job.recover.n_ctx = std::min(kContext, checkpoint->config.context_length);
   // What cannot be planned is refused before the work, not after it.
   if (options.active < 1) plan_for_fraction(job.shape, options.active);
   router_dtype(options, job.shape);
@@ -473,8 +486,9 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   const double sample_cost = sample ? kSampleCost * n_tokens : 0;
   const double sensitivity_cost =
       kept_plan ? 0 : kSensitivityCost * n_layers * static_cast<double>(n_sensitivity);
+  const double recover_cost = kRecoverCost * static_cast<double>(job.recover.tokens);
   Schedule schedule(monitor, sample_cost + sensitivity_cost + n_kept * n_tokens * costs.pass() +
-                                 (n_layers - n_kept) * n_tokens * costs.all());
+                                 (n_layers - n_kept) * n_tokens * costs.all() + recover_cost);
 
   if (options.data == "self") {
     if (kept_tokens) {
@@ -564,9 +578,22 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
     }
   }
 
-  monitor.stage("write the hybrid", 1);
   for (const SavedLayer& layer : saved) report.layers.push_back(layer.report);
-  assemble(*checkpoint->file, saved, options, report, options.output);
+  if (job.recover.tokens == 0) {
+    monitor.stage("write the hybrid", 1);
+    assemble(*checkpoint->file, saved, options, report, options.output);
+  } else {
+    schedule.next(recover_cost);
+    assemble(*checkpoint->file, saved, options, report, state.hybrid_path());
+    const auto hybrid = models::Checkpoint::load(state.hybrid_path());
+    const std::vector<std::int32_t> text =
+        recovery_text(options.data, job.recover, checkpoint, *tokenizer, state, ctx, monitor);
+    const Recovered recovered =
+        recover(checkpoint, hybrid, text, job.recover, state.training_path(), ctx, monitor);
+    monitor.stage("write the hybrid", 1);
+    write_recovered(*hybrid->file, recovered, options.output);
+    report.recovery = recovered.report;
+  }
   report.seconds = state.seconds() + seconds_so_far();
   report.peak_memory_bytes = peak_memory_bytes();
   models::write_file_atomically(options.output.string() + ".report.json",

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "converter/recovery/recover.h"
 #include "engine/monitor.h"
 #include "kernels/base/context.h"
 #include "kernels/base/dtype.h"
@@ -23,6 +24,8 @@ struct ConvertOptions {
   std::int64_t tokens = 0;  // calibration tokens; 0: the recipe's default
   bool resume = false;      // continue from the state an earlier run left beside the output
   std::uint64_t seed = 0;
+  // Recovery behind the layer-wise stage; tokens 0: the recipe's default. Its seed is `seed`.
+  RecoverOptions recover;
   std::optional<DType> expert_dtype;  // default: the dense MLP's own format where it can be written
   std::optional<DType> router_dtype;
 };
@@ -51,15 +54,17 @@ struct ConvertReport {
   std::int64_t n_tokens = 0;
   std::string source_digest, data_digest;  // SHA-256
   std::vector<LayerReport> layers;
+  std::optional<RecoveryReport> recovery;  // of recipes that recover
 };
 
-/// Converts (DESIGN.md section 2, steps 1 to 6). Says beforehand through monitor.line() how much
-/// memory and disk it needs. Holds one layer's activations at a time. After every layer its result
-/// is kept in OUTPUT.state/ (atomic files); with resume, layers found there for the same options,
-/// checkpoint and data are taken over, and the output is byte for byte what an uninterrupted run
-/// gives with the same seed and thread count. The state is removed after the output was written.
-/// Also writes OUTPUT.report.json and OUTPUT.report.html. Throws InputError (bad options; state of
-/// another conversion), FormatError, IoError, Interrupted (state kept).
+/// Converts (DESIGN.md section 2, steps 1 to 6, and 7 with the recipe "best"). Says beforehand
+/// through monitor.line() how much memory and disk it needs. Holds one layer's activations at a
+/// time. After every layer its result is kept in OUTPUT.state/ (atomic files); with resume, layers
+/// found there for the same options, checkpoint and data are taken over, and the output is byte for
+/// byte what an uninterrupted run gives with the same seed and thread count. The state is removed
+/// after the output was written. Also writes OUTPUT.report.json and OUTPUT.report.html. Throws
+/// InputError (bad options; state of another conversion), FormatError, IoError, Interrupted (state
+/// kept).
 ConvertReport convert(const ConvertOptions& options, Context& ctx, engine::Monitor& monitor);
 
 }  // namespace moesaic::converter

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <numbers>
 #include <numeric>
 #include <random>
 
+#include "converter/adam.h"
 #include "kernels/linear.h"
 
 namespace moesaic::converter {
@@ -85,42 +85,6 @@ double weighted_variance(ConstMatrix v, std::span<const float> weight) {
   for (const double x : sum) mean_square += x * x / total;
   return std::max({1e-30, 1e-6 * square / total, (square - mean_square) / total});
 }
-
-// One tensor under Adam.
-class AdamTensor {
- public:
-  AdamTensor(AlignedBuffer<float>& value, const AlignedBuffer<float>& gradient, double rate)
-      : value_(value), gradient_(gradient), rate_(rate), m_(value.size()), v_(value.size()) {
-    double square = 0;
-    for (const float x : value) square += static_cast<double>(x) * x;
-    // A tensor that starts at zero still has to move: its unit is then the rate itself.
-    const double rms =
-        value.size() == 0 ? 0 : std::sqrt(square / static_cast<double>(value.size()));
-    unit_ = rms > 0 ? rms : 1e-3;
-  }
-
-  void step(Context& ctx, double schedule, std::int64_t t) {
-    constexpr float kBeta1 = 0.9F;
-    constexpr float kBeta2 = 0.999F;
-    const auto correction1 = static_cast<float>(1 / (1 - std::pow(kBeta1, t)));
-    const auto correction2 = static_cast<float>(1 / (1 - std::pow(kBeta2, t)));
-    const auto rate = static_cast<float>(rate_ * schedule * unit_);
-    parallel(ctx, static_cast<std::int64_t>(value_.size()), [&](std::int64_t i) {
-      const auto u = static_cast<std::size_t>(i);
-      const float g = gradient_[u];
-      m_[u] = kBeta1 * m_[u] + (1 - kBeta1) * g;
-      v_[u] = kBeta2 * v_[u] + (1 - kBeta2) * g * g;
-      value_[u] -= rate * (m_[u] * correction1) / (std::sqrt(v_[u] * correction2) + 1e-8F);
-    });
-  }
-
- private:
-  AlignedBuffer<float>& value_;
-  const AlignedBuffer<float>& gradient_;
-  double rate_;
-  double unit_;
-  AlignedBuffer<float> m_, v_;
-};
 
 }  // namespace
 
@@ -282,15 +246,16 @@ void distill(Context& ctx, Student& student, const LayerSample& sample,
   std::vector<AdamTensor> tensors;
   tensors.reserve(9);
   const double rate = options.learning_rate;
-  tensors.emplace_back(student.neurons.w_gate, gradients.w_gate, rate);
-  tensors.emplace_back(student.neurons.w_up, gradients.w_up, rate);
-  tensors.emplace_back(student.neurons.w_down, gradients.w_down, rate);
-  tensors.emplace_back(student.bias, gradients.bias, rate);
-  tensors.emplace_back(student.bypass_q, gradients.bypass_q, rate);
-  tensors.emplace_back(student.bypass_p, gradients.bypass_p, rate);
-  tensors.emplace_back(student.router_v, gradients.router_v, options.router_rate);
-  tensors.emplace_back(student.router_u, gradients.router_u, options.router_rate);
-  tensors.emplace_back(student.router_bias, gradients.router_bias, options.router_rate);
+  tensors.emplace_back(student.neurons.w_gate.span(), gradients.w_gate.span(), rate);
+  tensors.emplace_back(student.neurons.w_up.span(), gradients.w_up.span(), rate);
+  tensors.emplace_back(student.neurons.w_down.span(), gradients.w_down.span(), rate);
+  tensors.emplace_back(student.bias.span(), gradients.bias.span(), rate);
+  tensors.emplace_back(student.bypass_q.span(), gradients.bypass_q.span(), rate);
+  tensors.emplace_back(student.bypass_p.span(), gradients.bypass_p.span(), rate);
+  tensors.emplace_back(student.router_v.span(), gradients.router_v.span(), options.router_rate);
+  tensors.emplace_back(student.router_u.span(), gradients.router_u.span(), options.router_rate);
+  tensors.emplace_back(student.router_bias.span(), gradients.router_bias.span(),
+                       options.router_rate);
 
   std::vector<std::int64_t> order(static_cast<std::size_t>(sample.n_fit));
   std::iota(order.begin(), order.end(), 0);
@@ -316,12 +281,8 @@ void distill(Context& ctx, Student& student, const LayerSample& sample,
     next += static_cast<std::size_t>(batch);
     student_gradients(ctx, student, {x.data(), batch, d}, {y.data(), batch, d}, weight, y_scale,
                       c_scale, options.auxiliary, gradients);
-    const double progress = static_cast<double>(step - warm_up) /
-                            static_cast<double>(std::max<std::int64_t>(1, steps - warm_up));
-    const double schedule = step < warm_up
-                                ? static_cast<double>(step + 1) / static_cast<double>(warm_up + 1)
-                                : 0.5 * (1 + std::cos(std::numbers::pi * progress));
-    for (AdamTensor& tensor : tensors) tensor.step(ctx, schedule, step + 1);
+    const double schedule = cosine_schedule(step, steps, warm_up);
+    for (AdamTensor& tensor : tensors) tensor.step(ctx, schedule);
     monitor.advance(step + 1, fmt::format("error {:.4f}", gradients.output_loss));
   }
 }

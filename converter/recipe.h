@@ -22,6 +22,7 @@ struct Recipe {
   double correction = 0;  // share of the drift of earlier layers that a layer is asked to take back
   double least_fraction = 0;  // no converted layer gets less
   DistillOptions distill;
+  std::int64_t recover_tokens = 0;  // trained end to end behind all that; 0: no recovery
 };
 
 /// The recipe of that name. Throws InputError that lists the known ones.

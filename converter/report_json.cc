@@ -1,5 +1,6 @@
 #include <nlohmann/json.hpp>
 
+#include "converter/recovery/recover_file.h"
 #include "converter/report.h"
 #include "converter/report_figures.h"
 
@@ -23,18 +24,19 @@ std::string report_json(const ConvertOptions& options, const ConvertReport& repo
                   {"n_never_selected", never_selected(l)}};
     layers.push_back(std::move(layer));
   }
-  const Json json = {{"model", options.model.string()},
-                     {"output", options.output.string()},
-                     {"data", options.data},
-                     {"recipe", options.recipe},
-                     {"seed", options.seed},
-                     {"n_tokens", report.n_tokens},
-                     {"seconds", report.seconds},
-                     {"peak_memory_bytes", report.peak_memory_bytes},
-                     {"active_fraction", report.active_fraction},
-                     {"source_digest", report.source_digest},
-                     {"data_digest", report.data_digest},
-                     {"layers", std::move(layers)}};
+  Json json = {{"model", options.model.string()},
+               {"output", options.output.string()},
+               {"data", options.data},
+               {"recipe", options.recipe},
+               {"seed", options.seed},
+               {"n_tokens", report.n_tokens},
+               {"seconds", report.seconds},
+               {"peak_memory_bytes", report.peak_memory_bytes},
+               {"active_fraction", report.active_fraction},
+               {"source_digest", report.source_digest},
+               {"data_digest", report.data_digest},
+               {"layers", std::move(layers)}};
+  if (report.recovery) json["recovery"] = Json::parse(recovery_json(*report.recovery));
   // Not-a-number and infinity dump as null; a path that is not UTF-8 keeps its readable part.
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }

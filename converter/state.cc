@@ -30,6 +30,8 @@ constexpr std::string_view kCalibration = "calibration.u32";
 constexpr std::string_view kCalibrationDigest = "calibration.json";
 constexpr std::string_view kPlan = "plan.json";
 constexpr std::string_view kTime = "time.json";
+constexpr std::string_view kHybrid = "hybrid.gguf";
+constexpr std::string_view kTraining = "training.gguf";
 
 // A layer's report in its metadata, besides the keys that read_secret_moe needs.
 constexpr std::string_view kKeyLayer = "moesaic.state.layer";
@@ -46,7 +48,7 @@ bool is_layer_file(std::string_view name) {
 
 bool is_own_file(std::string_view name) {
   return name == kJob || name == kCalibration || name == kCalibrationDigest || name == kPlan ||
-         name == kTime || is_layer_file(name);
+         name == kTime || name == kHybrid || name == kTraining || is_layer_file(name);
 }
 
 /// What models::write_file_atomically names ".NAME.PID.N.tmp" while it writes NAME: gives NAME if
@@ -150,6 +152,10 @@ StateFolder::StateFolder(const std::filesystem::path& output, const std::string&
         "{}: holds {} finished layer{} of an earlier run; pass --resume to continue "
         "it, or remove the folder to start over",
         path_.string(), n_layers, n_layers == 1 ? "" : "s");
+    require<InputError>(!std::filesystem::exists(training_path()),
+                        "{}: holds an earlier run's training; pass --resume to continue it, or "
+                        "remove the folder to start over",
+                        path_.string());
     remove_files(path_, [](const std::string& name) { return is_own_file(name); });
     models::write_file_atomically(path_ / kJob, fingerprint_json);
   } catch (const std::filesystem::filesystem_error& e) {

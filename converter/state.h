@@ -27,6 +27,8 @@ struct SavedLayer {
 ///   calibration.u32   ids, little-endian; good once calibration.json, with their SHA-256, is there
 ///   plan.json         what each layer becomes
 ///   layer-NNN.gguf    a finished layer
+///   hybrid.gguf       the hybrid before recovery
+///   training.gguf     recovery as it stands
 ///   time.json         seconds spent so far
 ///
 /// Every file is written atomically, so a kill at any moment leaves either a whole file or none;
@@ -39,9 +41,9 @@ class StateFolder {
  public:
   /// Opens OUTPUT.state. With `resume` and a folder there: takes it over if its fingerprint equals,
   /// else throws InputError that says which fields differ (found, expected). Without `resume` and
-  /// finished layers there: throws InputError that says to pass --resume or remove it; without
-  /// finished layers, starts over in it. Creates it otherwise. Throws InputError if another process
-  /// works in it. `fingerprint_json` is the text of a JSON object.
+  /// finished layers or a training there: throws InputError that says to pass --resume or remove
+  /// it; without either, starts over in it. Creates it otherwise. Throws InputError if another
+  /// process works in it. `fingerprint_json` is the text of a JSON object.
   StateFolder(const std::filesystem::path& output, const std::string& fingerprint_json,
               bool resume);
   ~StateFolder();
@@ -64,6 +66,8 @@ class StateFolder {
   void remove();
 
   const std::filesystem::path& path() const { return path_; }
+  std::filesystem::path hybrid_path() const { return path_ / "hybrid.gguf"; }
+  std::filesystem::path training_path() const { return path_ / "training.gguf"; }
 
  private:
   std::filesystem::path layer_path(int layer) const;

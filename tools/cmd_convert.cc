@@ -9,6 +9,7 @@
 #include "tools/options.h"
 #include "tools/output.h"
 #include "tools/progress.h"
+#include "tools/recover_options.h"
 #include "tools/session.h"
 
 namespace moesaic::tools {
@@ -100,8 +101,9 @@ void add_convert(CLI::App& app, Action& action) {
                   "Mean active fraction of the MLPs, router and bypass counted")
       ->check(finite_between(0.01, 1))
       ->capture_default_str();
-  cmd->add_option("--recipe", convert_options.recipe, "How much work to put in: fast")
-      ->check(CLI::IsMember({"fast"}))
+  cmd->add_option("--recipe", convert_options.recipe,
+                  "How much work to put in: fast, or best: then trained end to end")
+      ->check(CLI::IsMember({"fast", "best"}))
       ->capture_default_str();
   cmd->add_option("--tokens", convert_options.tokens, "Calibration tokens (default: the recipe's)")
       ->check(integer_between(1, std::int64_t{1} << 40));
@@ -114,6 +116,7 @@ void add_convert(CLI::App& app, Action& action) {
   cmd->add_option("--seed", convert_options.seed, "Seed of everything that is drawn")
       ->check(integer_between(0, std::numeric_limits<std::int64_t>::max()))
       ->capture_default_str();
+  add_recover_options(*cmd, convert_options.recover);
   options->run.activations = "f32";
   add_run_options(*cmd, options->run);
   cmd->footer(
@@ -123,6 +126,7 @@ same seed and thread count give the same file, byte for byte.
 
 Examples:
   moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --active 0.5
+  moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --recipe best
   moesaic convert SmolLM2.gguf -o hybrid.gguf            (data-free: calibrates on its own samples)
   moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --resume)");
   cmd->callback([options, &action] { action = [options] { convert(*options); }; });

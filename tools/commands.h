@@ -11,6 +11,7 @@ using Action = std::function<void()>;
 
 // Each registers one subcommand: its flags, and the action that it sets when chosen.
 void add_convert(CLI::App& app, Action& action);
+void add_recover(CLI::App& app, Action& action);
 void add_compare(CLI::App& app, Action& action);
 void add_eval(CLI::App& app, Action& action);
 void add_generate(CLI::App& app, Action& action);

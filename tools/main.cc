@@ -40,9 +40,9 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   moesaic::tools::Action action;
   for (const auto add :
-       {moesaic::tools::add_convert, moesaic::tools::add_compare, moesaic::tools::add_eval,
-        moesaic::tools::add_generate, moesaic::tools::add_bench, moesaic::tools::add_inspect,
-        moesaic::tools::add_tokenize, moesaic::tools::add_score}) {
+       {moesaic::tools::add_convert, moesaic::tools::add_recover, moesaic::tools::add_compare,
+        moesaic::tools::add_eval, moesaic::tools::add_generate, moesaic::tools::add_bench,
+        moesaic::tools::add_inspect, moesaic::tools::add_tokenize, moesaic::tools::add_score}) {
     add(app, action);
   }
   try {

@@ -91,6 +91,28 @@ void unpack_neurons(const WeightView& w, const std::string& name, std::int64_t f
   });
 }
 
+MoeShape shape_of(const kernels::SecretMoeView& view) {
+  return {.phi = view.phi,
+          .d_model = view.d_model(),
+          .n_shared = view.n_shared(),
+          .n_experts = view.n_experts(),
+          .n_active = view.n_active,
+          .router_rank = view.router_rank(),
+          .bypass_rank = view.bypass_rank()};
+}
+
+template <class T>
+void unpack_moe(const kernels::SecretMoeView& view, const std::string& name, MoeParameters<T>& to) {
+  unpack_neurons(view.shared, name + ".shared", 0, to);
+  unpack_neurons(view.experts, name + ".experts", view.n_shared(), to);
+  unpack_parameters(view.router_v, name + ".router_v", to.router_v);
+  unpack_parameters(view.router_u, name + ".router_u", to.router_u);
+  unpack_parameters(view.bypass_q, name + ".bypass_q", to.bypass_q);
+  unpack_parameters(view.bypass_p, name + ".bypass_p", to.bypass_p);
+  std::copy(view.router_bias.begin(), view.router_bias.end(), to.router_bias.begin());
+  std::copy(view.bias.begin(), view.bias.end(), to.bias.begin());
+}
+
 }  // namespace
 
 template <class P>
@@ -156,22 +178,9 @@ void Hybrid<P>::load_layer(const models::Checkpoint& checkpoint, int index) {
     return;
   }
   const auto& view = std::get<kernels::SecretMoeView>(from.mlp);
-  const MoeShape shape{.phi = view.phi,
-                       .d_model = view.d_model(),
-                       .n_shared = view.n_shared(),
-                       .n_experts = view.n_experts(),
-                       .n_active = view.n_active,
-                       .router_rank = view.router_rank(),
-                       .bypass_rank = view.bypass_rank()};
+  const MoeShape shape = shape_of(view);
   auto parameters = std::make_unique<MoeParameters<Scalar>>(shape);
-  unpack_neurons(view.shared, name + ".moe.shared", 0, *parameters);
-  unpack_neurons(view.experts, name + ".moe.experts", shape.n_shared, *parameters);
-  unpack_parameters(view.router_v, name + ".moe.router_v", parameters->router_v);
-  unpack_parameters(view.router_u, name + ".moe.router_u", parameters->router_u);
-  unpack_parameters(view.bypass_q, name + ".moe.bypass_q", parameters->bypass_q);
-  unpack_parameters(view.bypass_p, name + ".moe.bypass_p", parameters->bypass_p);
-  std::copy(view.router_bias.begin(), view.router_bias.end(), parameters->router_bias.begin());
-  std::copy(view.bias.begin(), view.bias.end(), parameters->bias.begin());
+  unpack_moe(view, name + ".moe", *parameters);
   std::vector<Scalar> mean(static_cast<std::size_t>(shape.n_neurons()));
   std::copy(view.expert_mean.begin(), view.expert_mean.end(), mean.begin() + shape.n_shared);
   auto gradient = std::make_unique<MoeParameters<Scalar>>(shape);
@@ -180,6 +189,20 @@ void Hybrid<P>::load_layer(const models::Checkpoint& checkpoint, int index) {
                         *parameters, *gradient});
   parameters_.push_back(std::move(parameters));
   gradients_.push_back(std::move(gradient));
+}
+
+template <class P>
+void Hybrid<P>::replace(int layer, const kernels::SecretMoeView& view) {
+  for (Converted& c : converted_) {
+    if (c.layer != layer) continue;
+    const MoeShape& own = c.moe.shape();
+    require<ShapeError>(view.n_shared() == own.n_shared && view.n_experts() == own.n_experts &&
+                            view.router_rank() == own.router_rank &&
+                            view.bypass_rank() == own.bypass_rank && view.d_model() == own.d_model,
+                        "layer {}: parameters of another shape", layer);
+    unpack_moe(view, fmt::format("layer {}", layer), c.parameters);
+    c.moe.refresh(ctx_);
+  }
 }
 
 template <class P>
@@ -302,6 +325,10 @@ void Hybrid<P>::run_layer(int index, MatrixView<Scalar> r, Tape& tape,
   if (layer.converted) {
     const Converted& c = converted_[*layer.converted];
     c.moe.forward(ctx_, c.router, x, contribution_rows, tape.moe, y);
+    if (feature_observer_) {
+      const std::vector<Scalar> weight = weights(constant(r), constant(y));
+      feature_observer_(*layer.converted, tape.moe.x.view(), tape.moe.f.view(), weight);
+    }
   } else {
     layer.dense.forward(ctx_, x, tape.dense, y);
   }
@@ -358,8 +385,8 @@ double Hybrid<P>::mlp_backward_block(Layer& layer, std::int64_t n_step, Tape& ta
       observer_(*layer.converted, constant(tape.moe.x.view()).slice(0, contribution.rows),
                 contribution, std::span(weight).first(static_cast<std::size_t>(contribution.rows)));
     }
-    auxiliary = c.moe.backward(ctx_, c.router, dy, weight, static_cast<double>(n_step), tape.moe,
-                               c.gradient, dx);
+    auxiliary = c.auxiliary = c.moe.backward(ctx_, c.router, dy, weight,
+                                             static_cast<double>(n_step), tape.moe, c.gradient, dx);
   } else {
     layer.dense.backward(ctx_, dy, tape.dense, dx);
   }

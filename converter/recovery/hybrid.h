@@ -39,6 +39,10 @@ class Hybrid {
   /// Takes the parameters over after they changed.
   void refresh();
 
+  /// Takes over the parameters of a converted layer as a file holds them. Throws ShapeError if it
+  /// is another layer's shape.
+  void replace(int layer, const kernels::SecretMoeView& view);
+
   /// h = the final normed hidden states.   tokens [n] whole windows, h [n, d_model]
   void forward(std::span<const std::int32_t> tokens, MatrixView<Operand> h);
 
@@ -65,6 +69,7 @@ class Hybrid {
     RouterTraining router;
     MoeParameters<Scalar>& parameters;
     MoeParameters<Scalar>& gradient;
+    double auxiliary = 0;  // its regression loss in the last gradients()
   };
   std::vector<Converted>& converted() { return converted_; }
 
@@ -77,6 +82,13 @@ class Hybrid {
     contribution_rows_ = contribution_rows;
     observer_ = std::move(observer);
   }
+
+  /// Called in forward() for each converted layer with its operands x [n, d_model] and f
+  /// [n, n_neurons] (mask ⊙ (activations − μ)) and ω, while set.
+  using FeatureObserver =
+      std::function<void(std::size_t index, MatrixView<const Operand> x,
+                         MatrixView<const Operand> f, std::span<const Scalar> weight)>;
+  void observe_features(FeatureObserver observer) { feature_observer_ = std::move(observer); }
 
   MatrixView<const Operand> head() const { return head_.view(); }
   StepTimes& times() { return times_; }
@@ -132,6 +144,7 @@ class Hybrid {
   std::vector<Storage<Scalar>> inputs_;  // [n_layers] the stream before each layer
   std::int64_t contribution_rows_ = 0;
   ContributionObserver observer_;
+  FeatureObserver feature_observer_;
   StepTimes times_;
 };
 

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "kernels/base/aligned_buffer.h"
+#include "kernels/base/context.h"
+
+namespace moesaic::converter {
+
+/// What one unit of learning rate is for a tensor.
+enum class AdamUnit {
+  RootMeanSquare,  // that of the tensor at the start, so that one rate suits tensors of any scale
+  One,             // plain Adam
+};
+
+/// One tensor under Adam (Kingma & Ba 2015, β 0.9/0.999, ε 1e-8).
+class AdamTensor {
+ public:
+  /// Both borrowed, of one length. A tensor that starts at zero has the unit 1e-3.
+  AdamTensor(std::span<float> value, std::span<float> gradient, double rate,
+             AdamUnit unit = AdamUnit::RootMeanSquare);
+
+  /// value −= rate · schedule · unit · m̂ / (√v̂ + ε), the gradient taken times `gradient_scale`.
+  void step(Context& ctx, double schedule, double gradient_scale = 1);
+
+  /// Forgets the moments: for values that were replaced.
+  void reset();
+
+  std::span<float> value() const { return value_; }
+  std::span<float> gradient() const { return gradient_; }
+
+  // What a resumed training needs back.
+  std::span<float> first_moment() { return m_.span(); }
+  std::span<float> second_moment() { return v_.span(); }
+  std::int64_t steps() const { return steps_; }
+  void set_steps(std::int64_t steps) { steps_ = steps; }
+
+ private:
+  std::span<float> value_;
+  std::span<float> gradient_;
+  double rate_;
+  double unit_ = 1;
+  std::int64_t steps_ = 0;  // since the moments were last empty
+  AlignedBuffer<float> m_, v_;
+};
+
+/// Learning rate over a training, 0 to 1: linear warm-up over the first `warm_up` of `steps` steps,
+/// then half a cosine down to 0.
+double cosine_schedule(std::int64_t step, std::int64_t steps, std::int64_t warm_up);
+
+}  // namespace moesaic::converter

@@ -1,0 +1,23 @@
+#include "converter/recovery/moments.h"
+
+#include <cmath>
+
+namespace moesaic::converter {
+
+MatrixView<const std::uint16_t> take_weighted(Context& ctx, MatrixView<const std::uint16_t> a,
+                                              std::span<const float> weight, bool intercept) {
+  const std::int64_t cols = a.cols + (intercept ? 1 : 0);
+  const auto out = take_matrix<std::uint16_t>(ctx, a.rows, cols);
+  const auto scratch = take_matrix<float>(ctx, ctx.pool.n_threads(), cols);
+  for_each_row(ctx, a.rows, [&](std::int64_t t, int thread) {
+    const float root = std::sqrt(weight[static_cast<std::size_t>(t)]);
+    float* row = scratch.row(thread);
+    from_operand(a.row(t), a.cols, row);
+    for (std::int64_t i = 0; i < a.cols; ++i) row[i] *= root;
+    if (intercept) row[a.cols] = root;
+    to_operand(row, cols, out.row(t));
+  });
+  return out;
+}
+
+}  // namespace moesaic::converter

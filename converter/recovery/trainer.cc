@@ -1,0 +1,274 @@
+#include "converter/recovery/trainer.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <random>
+
+#include "kernels/base/error.h"
+#include "models/gguf.h"
+#include "models/gguf_writer.h"
+
+namespace moesaic::converter {
+namespace {
+
+constexpr std::size_t kTensors = MoeParameters<float>::kTensors;
+constexpr std::size_t kFirstOfRouter = MoeParameters<float>::kFirstOfRouter;
+constexpr const char* kTensorNames[kTensors] = {
+    "gate", "up", "down", "bypass_q", "bypass_p", "bias", "router_v", "router_u", "router_bias"};
+
+constexpr std::string_view kKeyStep = "moesaic.training.step";
+constexpr std::string_view kKeyNote = "moesaic.training.note";
+constexpr std::string_view kKeyAdamSteps = "moesaic.training.adam_steps";
+constexpr std::string_view kKeyRouterScale = "moesaic.training.router_scale";
+
+// Memory that the layers' tapes may take before layers are run a second time instead.
+constexpr std::int64_t kMostTapeBytes = std::int64_t{4} << 30;
+
+bool recomputes(const models::ModelConfig& c, std::int64_t part) {
+  const std::int64_t heads = (c.n_heads + 2 * c.n_kv_heads) * std::int64_t{c.head_dim};
+  const std::int64_t bytes_a_token = 10 * c.d_ff + 16 * c.d_model + 12 * heads;
+  return bytes_a_token * part * c.n_layers > kMostTapeBytes;
+}
+
+RecoverOptions checked(RecoverOptions o) {
+  require<InputError>(o.n_ctx > 0 && o.batch > 0 && o.batch % o.n_ctx == 0,
+                      "recovery: {} tokens a step, expected a multiple of {}, the window's length",
+                      o.batch, o.n_ctx);
+  o.part = std::clamp(o.part / o.n_ctx * o.n_ctx, o.n_ctx, o.batch);
+  return o;
+}
+
+}  // namespace
+
+Trainer::Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::Checkpoint& hybrid,
+                 Context& ctx, std::span<const std::int32_t> tokens, const RecoverOptions& options)
+    : options_(checked(options)),
+      ctx_{ctx.pool, ctx.workspace, ctx.tally, Activations::BF16},
+      tokens_(tokens),
+      teacher_(std::move(dense), ctx_, tokens, options.n_ctx),
+      model_(hybrid, ctx_, options.n_ctx, recomputes(hybrid.config, options_.part)),
+      n_windows_(static_cast<std::int64_t>(tokens.size()) / options.n_ctx) {
+  require<InputError>(n_windows_ >= 2, "recovery: {} windows of {} tokens, expected two at least",
+                      n_windows_, options_.n_ctx);
+  const std::int64_t held_out = std::clamp<std::int64_t>(options_.held_out / options_.n_ctx, 1,
+                                                         std::max<std::int64_t>(1, n_windows_ / 4));
+  n_train_ = n_windows_ - held_out;
+  const AdamUnit unit = options_.scaled_steps ? AdamUnit::RootMeanSquare : AdamUnit::One;
+  for (auto& c : model_.converted()) {
+    c.router.auxiliary = options_.auxiliary;
+    c.router.straight_through = options_.straight_through;
+    c.router.width = options_.gate_width;
+    const auto values = c.parameters.tensors();
+    const auto gradients = c.gradient.tensors();
+    for (std::size_t i = 0; i < kTensors; ++i) {
+      tensors_.emplace_back(values[i], gradients[i],
+                            i < kFirstOfRouter ? options_.rate : options_.router_rate, unit);
+    }
+    if (options_.refit_every > 0) moments_.emplace_back(c.moe.shape());
+  }
+  if (options_.refit_every > 0) {
+    model_.observe(options_.n_ctx,
+                   [this](std::size_t index, MatrixView<const std::uint16_t> x,
+                          MatrixView<const std::uint16_t> c, std::span<const float> weight) {
+                     moments_[index].add(ctx_, std::exp(-1 / options_.refit_memory), x, c, weight);
+                   });
+  }
+}
+
+std::span<const std::int32_t> Trainer::window(std::int64_t index) const {
+  const auto n = static_cast<std::size_t>(options_.n_ctx);
+  return tokens_.subspan(static_cast<std::size_t>(index) * n, n);
+}
+
+// Windows come in a random order, pass after pass; an order depends on seed and pass alone, so the
+// step's number is all the state there is.
+std::vector<std::int64_t> Trainer::windows_of_step(std::int64_t step) const {
+  const std::int64_t n = options_.batch / options_.n_ctx;
+  std::vector<std::int64_t> chosen;
+  std::vector<std::int64_t> order(static_cast<std::size_t>(n_train_));
+  std::int64_t shuffled = -1;
+  for (std::int64_t i = step * n; i < (step + 1) * n; ++i) {
+    const std::int64_t pass = i / n_train_;
+    if (pass != shuffled) {
+      shuffled = pass;
+      std::iota(order.begin(), order.end(), 0);
+      std::mt19937_64 rng(options_.seed * 1000003 + static_cast<std::uint64_t>(pass));
+      for (std::size_t j = order.size() - 1; j > 0; --j)
+        std::swap(order[j], order[rng() % (j + 1)]);
+    }
+    chosen.push_back(order[static_cast<std::size_t>(i % n_train_)]);
+  }
+  return chosen;
+}
+
+// The routers' losses are counted in what they are at the start.
+void Trainer::measure_router_scale() {
+  const std::int64_t first = windows_of_step(0).front();
+  model_.gradients(window(first), teacher_.hidden(first), options_.n_ctx);
+  for (auto& c : model_.converted()) {
+    c.router.scale = std::max(1e-30, c.auxiliary);
+  }
+  for (AdamTensor& t : tensors_) std::fill(t.gradient().begin(), t.gradient().end(), 0.0F);
+}
+
+double Trainer::gradient_norm(bool routers) {
+  double total = 0;
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    if ((i % kTensors >= kFirstOfRouter) != routers) continue;
+    const std::span<const float> g = tensors_[i].gradient();
+    const int n_threads = ctx_.pool.n_threads();
+    std::vector<double> parts(static_cast<std::size_t>(n_threads));
+    ctx_.pool.run([&](int thread) {
+      const Range range = split(static_cast<std::int64_t>(g.size()), n_threads, thread, 16);
+      double sum = 0;
+      for (std::int64_t first = range.begin; first < range.end; first += 256) {
+        float lanes[8] = {};
+        const std::int64_t end = std::min(range.end, first + 256);
+        for (std::int64_t j = first; j < end; ++j) {
+          lanes[j % 8] += g[static_cast<std::size_t>(j)] * g[static_cast<std::size_t>(j)];
+        }
+        for (const float lane : lanes) sum += static_cast<double>(lane);
+      }
+      parts[static_cast<std::size_t>(thread)] = sum;
+    });
+    const double square = std::accumulate(parts.begin(), parts.end(), 0.0);
+    require<Error>(std::isfinite(square),
+                   "recovery: step {}: the gradient of layer {}, {}, is NaN or infinite; a lower "
+                   "learning rate may help",
+                   step_ + 1, model_.converted()[i / kTensors].layer, kTensorNames[i % kTensors]);
+    total += square;
+  }
+  return std::sqrt(total);
+}
+
+void Trainer::refit_routers() {
+  const auto n = static_cast<std::int64_t>(moments_.size());
+  for_each_row(ctx_, n, [&](std::int64_t i, int) {
+    const auto index = static_cast<std::size_t>(i);
+    moments_[index].refit(options_.refit_ridge, model_.converted()[index].parameters);
+  });
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    if (i % kTensors >= kFirstOfRouter) tensors_[i].reset();
+  }
+}
+
+StepResult Trainer::step() {
+  if (step_ == 0) measure_router_scale();
+  const std::vector<std::int64_t> windows = windows_of_step(step_);
+  const std::int64_t per_part = options_.part / options_.n_ctx;
+  const std::int64_t d = model_.head().cols;
+  StepResult result;
+  std::vector<std::int32_t> tokens;
+  for (std::size_t first = 0; first < windows.size(); first += static_cast<std::size_t>(per_part)) {
+    const std::size_t end = std::min(windows.size(), first + static_cast<std::size_t>(per_part));
+    const auto rows = static_cast<std::int64_t>(end - first) * options_.n_ctx;
+    const Workspace::Scope scope(ctx_.workspace);
+    const auto hidden = take_matrix<std::uint16_t>(ctx_, rows, d);
+    tokens.clear();
+    for (std::size_t i = first; i < end; ++i) {
+      const auto ids = window(windows[i]);
+      const auto states = teacher_.hidden(windows[i]);
+      std::copy_n(states.data, states.rows * d,
+                  hidden.row(static_cast<std::int64_t>(tokens.size())));
+      tokens.insert(tokens.end(), ids.begin(), ids.end());
+    }
+    const auto losses = model_.gradients(tokens, hidden, options_.batch);
+    result.kl += losses.kl;
+    result.auxiliary += losses.auxiliary;
+  }
+  const auto start = std::chrono::steady_clock::now();
+  result.kl /= static_cast<double>(options_.batch);
+  require<Error>(std::isfinite(result.kl), "recovery: step {}: the loss is NaN or infinite",
+                 step_ + 1);
+  result.gradient_norm = gradient_norm(false);
+  gradient_norm(true);  // for its check
+  const double scale = options_.clip > 0 && result.gradient_norm > options_.clip
+                           ? options_.clip / result.gradient_norm
+                           : 1;
+  const auto warm_up = static_cast<std::int64_t>(options_.warm_up * static_cast<double>(n_steps()));
+  const double schedule = cosine_schedule(step_, n_steps(), warm_up);
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    tensors_[i].step(ctx_, schedule, i % kTensors < kFirstOfRouter ? scale : 1);
+    std::fill(tensors_[i].gradient().begin(), tensors_[i].gradient().end(), 0.0F);
+  }
+  ++step_;
+  const bool last = step_ == n_steps();
+  if (options_.refit_every > 0 && (step_ % options_.refit_every == 0 || last)) refit_routers();
+  model_.refresh();
+  optimizer_seconds_ +=
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return result;
+}
+
+double Trainer::held_out_divergence() {
+  double sum = 0;
+  for (std::int64_t w = n_train_; w < n_windows_; ++w) {
+    sum += model_.divergence(window(w), teacher_.hidden(w));
+  }
+  return sum / static_cast<double>((n_windows_ - n_train_) * options_.n_ctx);
+}
+
+std::vector<Trainer::Named> Trainer::state() {
+  std::vector<Named> all;
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    const std::string name = fmt::format("blk.{}.{}", model_.converted()[i / kTensors].layer,
+                                         kTensorNames[i % kTensors]);
+    all.push_back({name + ".value", tensors_[i].value()});
+    all.push_back({name + ".m", tensors_[i].first_moment()});
+    all.push_back({name + ".v", tensors_[i].second_moment()});
+  }
+  for (std::size_t i = 0; i < moments_.size(); ++i) {
+    const std::string name = fmt::format("blk.{}.router", model_.converted()[i].layer);
+    all.push_back({name + ".xx", moments_[i].xx()});
+    all.push_back({name + ".xc", moments_[i].xc()});
+  }
+  std::erase_if(all, [](const Named& n) { return n.values.empty(); });
+  return all;
+}
+
+void Trainer::save(const std::filesystem::path& path, std::string note) {
+  using models::GgufValue;
+  models::GgufWriter writer;
+  writer.set(std::string(kKeyStep), GgufValue::u64(static_cast<std::uint64_t>(step_)));
+  writer.set(std::string(kKeyNote), GgufValue::string(std::move(note)));
+  std::vector<std::uint64_t> steps;
+  for (const AdamTensor& t : tensors_) steps.push_back(static_cast<std::uint64_t>(t.steps()));
+  writer.set(std::string(kKeyAdamSteps), GgufValue::u32_array(std::move(steps)));
+  // As text: doubles, exactly.
+  std::vector<std::string> scales;
+  for (const auto& c : model_.converted()) scales.push_back(fmt::format("{:a}", c.router.scale));
+  writer.set(std::string(kKeyRouterScale), GgufValue::string_array(std::move(scales)));
+  for (const Named& n : state()) {
+    writer.add_tensor(n.name, DType::F32, {static_cast<std::int64_t>(n.values.size())},
+                      std::as_bytes(n.values));
+  }
+  writer.write(path);
+}
+
+std::string Trainer::load(const std::filesystem::path& path) {
+  const auto file = models::GgufFile::open(path);
+  const std::int64_t step = file->get_int(kKeyStep);
+  const std::vector<std::int64_t> steps = file->get_ints(kKeyAdamSteps);
+  const std::vector<std::string> scales = file->get_strings(kKeyRouterScale);
+  require<FormatError>(
+      steps.size() == tensors_.size() && scales.size() == model_.converted().size(),
+      "{}: holds {} tensors of {} layers, expected {} of {}", path.string(), steps.size(),
+      scales.size(), tensors_.size(), model_.converted().size());
+  for (const Named& n : state()) {
+    const std::array dims = {static_cast<std::int64_t>(n.values.size())};
+    std::memcpy(n.values.data(), file->expect(n.name, dims).data, n.values.size_bytes());
+  }
+  for (std::size_t i = 0; i < tensors_.size(); ++i) tensors_[i].set_steps(steps[i]);
+  for (std::size_t i = 0; i < scales.size(); ++i) {
+    model_.converted()[i].router.scale = std::strtod(scales[i].c_str(), nullptr);
+  }
+  step_ = step;
+  model_.refresh();
+  return file->get_string(kKeyNote);
+}
+
+}  // namespace moesaic::converter

@@ -1,0 +1,81 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "converter/adam.h"
+#include "converter/recovery/hybrid.h"
+#include "converter/recovery/options.h"
+#include "converter/recovery/router_refit.h"
+#include "converter/recovery/teacher.h"
+
+namespace moesaic::converter {
+
+/// What one step gave, per trained token.
+struct StepResult {
+  double kl = 0;
+  double auxiliary = 0;      // routers' regression loss over what it was at the start
+  double gradient_norm = 0;  // of all but the routers, before clipping
+};
+
+/// Recovery step by step. Deterministic for a seed and thread count: a training that was saved and
+/// loaded goes on bit for bit as if it never stopped.
+class Trainer {
+ public:
+  /// `tokens` [n_windows · n_ctx] borrowed; the last options.held_out tokens' windows (a quarter of
+  /// all at most, one at least) are never trained on. Throws InputError if there are fewer windows
+  /// than two, or sizes that do not fit each other.
+  Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::Checkpoint& hybrid,
+          Context& ctx, std::span<const std::int32_t> tokens, const RecoverOptions& options);
+
+  std::int64_t n_steps() const { return options_.tokens / options_.batch; }
+  std::int64_t step_index() const { return step_; }
+  bool done() const { return step_ >= n_steps(); }
+
+  /// One step of Adam. Throws Error naming layer and tensor where a gradient is NaN or infinite;
+  /// the parameters are then as they were before the step.
+  StepResult step();
+
+  /// Mean KL divergence from the teacher over the held-out windows, nats a token.
+  double held_out_divergence();
+
+  /// The whole state and the caller's note, atomically; and back. load() returns the note, and
+  /// throws FormatError if the file is of another training.
+  void save(const std::filesystem::path& path, std::string note);
+  std::string load(const std::filesystem::path& path);
+
+  Hybrid<Bfloat16>& model() { return model_; }
+  Teacher& teacher() { return teacher_; }
+  /// Windows that are trained on: [0, n).
+  std::int64_t n_train_windows() const { return n_train_; }
+  std::span<const std::int32_t> window(std::int64_t index) const;
+  double optimizer_seconds() const { return optimizer_seconds_; }
+
+ private:
+  std::vector<std::int64_t> windows_of_step(std::int64_t step) const;
+  void measure_router_scale();
+  double gradient_norm(bool routers);
+  void refit_routers();
+  struct Named {
+    std::string name;
+    std::span<float> values;
+  };
+  std::vector<Named> state();
+
+  RecoverOptions options_;
+  Context ctx_;
+  std::span<const std::int32_t> tokens_;
+  Teacher teacher_;
+  Hybrid<Bfloat16> model_;
+  std::int64_t n_windows_, n_train_;
+  std::vector<AdamTensor> tensors_;     // MoeParameters::kTensors a converted layer, in order
+  std::vector<RouterMoments> moments_;  // per converted layer, if routers are refitted
+  std::int64_t step_ = 0;
+  double optimizer_seconds_ = 0;
+};
+
+}  // namespace moesaic::converter

@@ -1,0 +1,91 @@
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <limits>
+#include <memory>
+
+#include "converter/recovery/recover_file.h"
+#include "tools/commands.h"
+#include "tools/options.h"
+#include "tools/output.h"
+#include "tools/progress.h"
+#include "tools/recover_options.h"
+#include "tools/session.h"
+
+namespace moesaic::tools {
+namespace {
+
+struct Options {
+  converter::RecoverFileOptions recover;
+  std::string dense, hybrid, output;
+  RunOptions run;
+};
+
+void recover(Options& options) {
+  converter::RecoverFileOptions& recover = options.recover;
+  recover.dense = options.dense;
+  recover.hybrid = options.hybrid;
+  recover.output = options.output;
+  for (const std::filesystem::path& input : {recover.dense, recover.hybrid}) {
+    std::error_code error;
+    if (std::filesystem::weakly_canonical(input, error) ==
+            std::filesystem::weakly_canonical(recover.output, error) ||
+        std::filesystem::equivalent(input, recover.output, error)) {
+      throw UsageError(
+          fmt::format("-o {}: is one of the inputs, expected another file", options.output));
+    }
+  }
+  Runtime runtime(options.run);
+  Progress progress(options.run.quiet);
+  try {
+    const converter::RecoveryReport report =
+        converter::recover_file(recover, runtime.context, progress);
+    print(fmt::format(
+        "KL divergence from dense on held-out text: {:.4f} before, {:.4f} trained, {:.4f} as "
+        "written\n{} tokens in {}\n{}\n{}.report.json\n",
+        report.kl_start, report.kl_trained, report.kl_packed, report.tokens,
+        format_seconds(report.seconds), options.output, options.output));
+  } catch (const Interrupted&) {
+    throw Interrupted(fmt::format(
+        "interrupted: what was trained is kept in {}.state; the same command with --resume goes "
+        "on from there",
+        options.output));
+  }
+}
+
+}  // namespace
+
+void add_recover(CLI::App& app, Action& action) {
+  auto options = std::make_shared<Options>();
+  converter::RecoverFileOptions& recover_options = options->recover;
+  recover_options.recover.tokens = converter::kBestRecoveryTokens;
+  CLI::App* cmd =
+      app.add_subcommand("recover", "Train a hybrid end to end towards its dense checkpoint");
+  cmd->add_option("DENSE", options->dense, "Checkpoint that the hybrid was made of (.gguf)")
+      ->required();
+  cmd->add_option("HYBRID", options->hybrid, "Hybrid (.gguf)")->required();
+  cmd->add_option("-o,--output", options->output, "Recovered hybrid to write (.gguf)")->required();
+  cmd->add_option("--data", recover_options.data,
+                  "Text file to train on, or self: text that the dense model samples itself")
+      ->required();
+  cmd->add_flag("--resume", recover_options.resume, "Go on from what an interrupted run left");
+  cmd->add_option("--seed", recover_options.recover.seed, "Seed of everything that is drawn")
+      ->check(integer_between(0, std::numeric_limits<std::int64_t>::max()))
+      ->capture_default_str();
+  add_recover_options(*cmd, recover_options.recover);
+  options->run.activations = "f32";
+  add_run_options(*cmd, options->run);
+  cmd->footer(
+      R"(Trains experts, shared neurons, bypass, bias and routers on the KL divergence from the dense
+model; attention, norms, embeddings and head stay as they are. `convert --recipe best` does the same
+behind its layer-wise stage. The training is saved in OUT.gguf.state every few minutes and on
+Ctrl-C: the same command with --resume goes on bit for bit.
+
+Examples:
+  moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data wiki.valid.tokens
+  moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data text.txt --recover-tokens 500000
+  moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data text.txt --resume)");
+  cmd->callback([options, &action] { action = [options] { recover(*options); }; });
+}
+
+}  // namespace moesaic::tools
