@@ -123,6 +123,7 @@ Hybrid<P>::Hybrid(const models::Checkpoint& checkpoint, Context& ctx, std::int64
       n_ctx_(n_ctx),
       recompute_(recompute),
       eps_(static_cast<Scalar>(checkpoint.config.norm_eps)),
+      file_(checkpoint.file),
       embedding_(checkpoint.embedding),
       output_norm_(copy<Scalar>(checkpoint.output_norm)),
       layers_(checkpoint.layers.size()),

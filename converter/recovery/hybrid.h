@@ -133,6 +133,7 @@ class Hybrid {
   std::int64_t n_ctx_;
   bool recompute_;
   Scalar eps_;
+  std::shared_ptr<const models::GgufFile> file_;  // what the embedding's view points into
   WeightView embedding_;
   std::vector<Scalar> output_norm_;
   Storage<Operand> head_;

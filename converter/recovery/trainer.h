@@ -32,6 +32,9 @@ class Trainer {
   Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::Checkpoint& hybrid,
           Context& ctx, std::span<const std::int32_t> tokens, const RecoverOptions& options);
 
+  Trainer(const Trainer&) = delete;
+  Trainer& operator=(const Trainer&) = delete;
+
   std::int64_t n_steps() const { return options_.tokens / options_.batch; }
   std::int64_t step_index() const { return step_; }
   bool done() const { return step_ >= n_steps(); }
