@@ -17,8 +17,8 @@ struct RecoverOptions {
   std::int64_t batch = 2048;       // tokens a step, a multiple of n_ctx
   std::int64_t part = 2048;        // of them at a time, gradients accumulated
   std::int64_t n_ctx = 512;        // window length
-  double rate = 1e-3;              // Adam, experts, shared neurons, bypass and bias
-  double router_rate = 1e-3;       // the same for the router
+  double rate = 3e-3;              // Adam, experts, shared neurons, bypass and bias
+  double router_rate = 3e-3;       // the same for the router
   bool scaled_steps = true;        // rates in units of each tensor's root mean square
   double warm_up = 0.03;           // share of the steps with a rising rate, then a cosine to zero
   double clip = 1;                 // largest norm of the gradient of all but the routers; 0: none
