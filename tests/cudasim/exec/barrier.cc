@@ -28,6 +28,12 @@ Step barrier(Warp& w, const Ins& i, u32 mask) {
   if (mask != w.live) return Step::Wait;  // the lanes of a warp come together
   Block& b = *w.block;
   const int lane = std::countr_zero(mask);
+  if (w.lost != 0) {
+    throw Fault{Finding::BarrierDivergence, lane,
+                fmt::format("not all threads of the warp reach the barrier: lanes {:#010x} exit "
+                            "instead",
+                            w.lost)};
+  }
   const u32 id = w.lanes<u32>(i.op[1])[lane];
   const u32 count = i.op[2] == kNowhere ? 0 : w.lanes<u32>(i.op[2])[lane];
   if (id >= b.barriers.size()) {

@@ -154,6 +154,7 @@ Step run_warp(Warp& w, u64 budget) {
       if (!switch_fragment(w)) never_come(w);
       continue;
     }
+    w.lost = 0;
     if (++w.pc == w.merge_pc) {
       put_aside(w, w.pc, w.active, false);
       switch_fragment(w);

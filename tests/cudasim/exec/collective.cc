@@ -22,6 +22,11 @@ bool with_groups(Warp& w, u32 mask, const u32* members, F f) {
     named |= members[l];
   });
   if ((named & w.live & ~mask) != 0) return false;
+  if ((named & w.lost) != 0) {
+    throw Fault{Finding::WarpMask, std::countr_zero(mask),
+                fmt::format("lanes {:#010x} of the member mask never come: they exit instead",
+                            named & w.lost)};
+  }
   while (mask != 0) {
     const u32 members_now = members[std::countr_zero(mask)];
     u32 group = 0;

@@ -12,7 +12,7 @@ void put_aside(Warp& w, u32 pc, u32 mask, bool waiting) {
       return;
     }
   }
-  w.others.push_back({pc, mask, waiting});
+  w.others.push_back({pc, mask, waiting, 0});
 }
 
 namespace {
@@ -49,6 +49,7 @@ Step go_on(Warp& w, u32 taken, u32 target) {
     if (!last->waiting) {
       w.pc = last->pc;
       w.active = last->mask;
+      w.lost = last->lost;
       w.others.erase(last);
       note_merge(w);
       return Step::Jump;
@@ -83,8 +84,11 @@ Step branch_index(Warp& w, const Ins& i, u32 mask) {
 Step exit(Warp& w, const Ins&, u32 mask) {
   w.live &= ~mask;
   const u32 rest = w.active & ~mask;
-  // Lanes that wait for those which have gone look again.
-  for (Fragment& f : w.others) f.waiting = false;
+  // Lanes that wait look again whether it was for those which have gone.
+  for (Fragment& f : w.others) {
+    if (f.waiting) f.lost |= mask;
+    f.waiting = false;
+  }
   if (rest != 0) put_aside(w, w.pc + 1, rest, false);
   if (w.live == 0) return Step::Done;
   switch_fragment(w);
@@ -109,6 +113,7 @@ bool switch_fragment(Warp& w) {
   if (best == w.others.end()) return false;
   w.pc = best->pc;
   w.active = best->mask;
+  w.lost = best->lost;
   w.others.erase(best);
   note_merge(w);
   return true;

@@ -22,6 +22,7 @@ struct Fragment {
   u32 pc = 0;
   u32 mask = 0;
   bool waiting = false;  // at an instruction that names lanes which have not come
+  u32 lost = 0;          // lanes that exited while it waited
 };
 
 /// A cp.async that has been issued: 32 lanes copy `bytes` each when it is waited for.
@@ -41,6 +42,7 @@ struct Warp {
   u32 pc = 0;
   u32 active = 0;                // lanes of the running fragment
   u32 live = 0;                  // lanes that have not exited
+  u32 lost = 0;                  // lanes that exited while the running fragment waited for others
   u32 merge_pc = 0xffffffffu;    // where the running fragment meets the next other one
   std::vector<Fragment> others;  // not the running one
   u32 index = 0;                 // in its block
