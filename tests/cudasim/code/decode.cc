@@ -238,7 +238,9 @@ Place Encoder::special(const FlatIns& f, const std::string& name, bool wide) {
       {"lanemask_gt", Special::LaneMaskGt},
       {"lanemask_ge", Special::LaneMaskGe},
       {"dynamic_smem_size", Special::DynamicSharedSize},
-      {"total_smem_size", Special::TotalSharedSize}};
+      {"total_smem_size", Special::TotalSharedSize},
+      {"envreg1", Special::WorkspaceHigh},
+      {"envreg2", Special::WorkspaceLow}};
   const auto what = known.find(name);
   if (what == known.end()) unknown(f, fmt::format("special register %{}", name));
   const auto [found, is_new] = presets_.try_emplace({what->second, wide}, 0);

@@ -81,8 +81,8 @@ enum class Special : u8 {
   LaneMaskGe,
   DynamicSharedSize,
   TotalSharedSize,
-  Zero,
-  One
+  WorkspaceHigh,
+  WorkspaceLow
 };
 
 struct Parameter {

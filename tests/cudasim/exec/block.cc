@@ -75,10 +75,10 @@ void preset(Block& b, Warp& w, const Program::Preset& p) {
       return all(l.dynamic_shared);
     case Special::TotalSharedSize:
       return all(l.shared_bytes());
-    case Special::Zero:
-      return all(0);
-    case Special::One:
-      return all(1);
+    case Special::WorkspaceHigh:
+      return all(l.workspace >> 32);
+    case Special::WorkspaceLow:
+      return all(l.workspace & 0xffffffffu);
   }
 }
 

@@ -68,6 +68,35 @@ inline void note_reader(const Arena::Words& words, u64 k, u32 tag, u32 entry) {
   words.reader[0][k] = entry;
 }
 
+// Which earlier accesses to the words of a run are of no concern: those of other launches, and those
+// of the lane that has the word now.
+class Own {
+ public:
+  Own(const Warp& w, u32 bytes)
+      : first_tag_(w.launch->first_tag),
+        tag_(w.block->tag),
+        thread_(w.thread(0)),
+        lane_(bytes),
+        shared_words_(bytes < 4) {}
+
+  u32 foreign(u64 k, u32 tag, u32 entry) const {
+    const u32 thread = thread_ + lane_(k);
+    const u32 mine = static_cast<u32>(tag == tag_) & static_cast<u32>(entry >> 22 == thread) &
+                     static_cast<u32>(!shared_words_);
+    return static_cast<u32>(tag >= first_tag_) & (mine ^ 1u);
+  }
+  bool any(const u32* tags, u64 count) const {
+    u32 newest = 0;
+    for (u64 k = 0; k < count; ++k) newest = std::max(newest, tags[k]);
+    return newest >= first_tag_;
+  }
+
+ private:
+  u32 first_tag_, tag_, thread_;
+  LaneOfWord lane_;
+  bool shared_words_;  // several lanes to a word
+};
+
 // 32 lanes, one after the other in memory. False: something needs a closer look, lane by lane.
 bool read_run(Warp& w, u64 first, u32 bytes, std::byte* data, u32 flags) {
   const Arena& arena = *w.launch->arena;
@@ -82,14 +111,20 @@ bool read_run(Warp& w, u64 first, u32 bytes, std::byte* data, u32 flags) {
   if (all != kInitialised || first % 4 != 0) return false;
   const auto& words = arena.words();
   const u64 word = arena.word_index(first), count = n / 4;
-  u32 newest = 0;
-  for (u64 k = 0; k < count; ++k) newest = std::max(newest, words.writer_tag[word + k]);
-  if (newest >= w.launch->first_tag) return false;
+  const Own own(w, bytes);
+  u32 foreign = 0;
+  for (u64 k = 0; k < count; ++k) {
+    foreign |= own.foreign(k, words.writer_tag[word + k], words.writer[word + k]);
+  }
+  if (foreign != 0 || ((flags & kReadOnly) != 0 && own.any(words.writer_tag + word, count))) {
+    return false;
+  }
   if ((*arena.written_granule(first) | *arena.written_granule(first + n - 1)) != 0 &&
       (flags & kStrong) == 0) {
     const u32 tag = w.block->tag, thread = w.thread(0);
+    const LaneOfWord lane_of(bytes);
     for (u64 k = 0; k < count; ++k) {
-      const u32 lane = static_cast<u32>(k * 4 / bytes);
+      const u32 lane = lane_of(k);
       note_reader(words, word + k, tag,
                   entry_of(thread + lane, bytes >= 4 ? 15 : (1u << bytes) - 1, false, w.clock));
     }
@@ -112,17 +147,19 @@ bool write_run(Warp& w, u64 first, u32 bytes, const std::byte* data, u32 flags) 
   if (all == 0) return false;
   const auto& words = arena.words();
   const u64 word = arena.word_index(first), count = n / 4;
-  u32 newest = 0;
+  const Own own(w, bytes);
+  u32 foreign = 0;
   for (u64 k = 0; k < count; ++k) {
-    newest = std::max(newest, words.writer_tag[word + k]);
-    newest = std::max(newest, words.reader_tag[0][word + k]);
-    newest = std::max(newest, words.reader_tag[1][word + k]);
+    foreign |= own.foreign(k, words.writer_tag[word + k], words.writer[word + k]);
+    foreign |= own.foreign(k, words.reader_tag[0][word + k], words.reader[0][word + k]);
+    foreign |= own.foreign(k, words.reader_tag[1][word + k], words.reader[1][word + k]);
   }
-  if (newest >= w.launch->first_tag) return false;
+  if (foreign != 0) return false;
   const u32 tag = w.block->tag, thread = w.thread(0);
+  const LaneOfWord lane_of(bytes);
   for (u64 k = 0; k < count; ++k) {
     words.writer_tag[word + k] = tag;
-    words.writer[word + k] = entry_of(thread + static_cast<u32>(k * 4 / bytes), 15, false, w.clock);
+    words.writer[word + k] = entry_of(thread + lane_of(k), 15, false, w.clock);
   }
   *arena.written_granule(first) = *arena.written_granule(first + n - 1) = 1;
   std::memset(state, kInitialised, n);

@@ -38,6 +38,18 @@ void finish_copy(Warp& w, int lane, u64 address, u32 bytes);
 void count_global(Warp& w, u32 mask, const u64* a, u32 bytes, bool write);
 void count_shared(Warp& w, u32 mask, const u64* a, u32 bytes);
 
+/// Which lane's bytes begin in the k-th word of a run of 32 lanes, without a division.
+class LaneOfWord {
+ public:
+  explicit LaneOfWord(u32 bytes)
+      : left_(bytes < 4 ? static_cast<u32>(std::countr_zero(4 / bytes)) : 0),
+        right_(bytes < 4 ? 0 : static_cast<u32>(std::countr_zero(bytes / 4))) {}
+  u32 operator()(u64 k) const { return static_cast<u32>(k) << left_ >> right_; }
+
+ private:
+  u32 left_, right_;
+};
+
 inline bool contiguous(const u64* a, u32 bytes) {
   u64 differs = 0;
   for (int l = 0; l < kLanes; ++l) differs |= a[l] - a[0] - static_cast<u64>(l) * bytes;

@@ -41,11 +41,12 @@ bool read_run(Warp& w, u64 first, u32 bytes, std::byte* data) {
   for (u64 k = 0; k < n; ++k) all &= m.written[at + k];
   if (all != 0xff || recent(m.writer, word, count, w.block->base_clock)) return false;
   const u32 thread = w.thread(0), bits = bytes >= 4 ? 15 : (1u << bytes) - 1;
+  const LaneOfWord lane_of(bytes);
   u32* r0 = m.reader[0].data() + word;
   u32* r1 = m.reader[1].data() + word;
 #pragma GCC ivdep
   for (u64 k = 0; k < count; ++k) {
-    const u32 entry = entry_of(thread + static_cast<u32>(k * 4 / bytes), bits, false, w.clock);
+    const u32 entry = entry_of(thread + lane_of(k), bits, false, w.clock);
     const u32 last = r0[k];
     r1[k] = last >> 27 == entry >> 27 ? r1[k] : last;
     r0[k] = entry;
@@ -69,9 +70,10 @@ bool write_run(Warp& w, u64 first, u32 bytes, const std::byte* data) {
     if (m.written[at + k] == 2) return false;
   }
   const u32 thread = w.thread(0);
+  const LaneOfWord lane_of(bytes);
   u32* writer = m.writer.data() + word;
   for (u64 k = 0; k < count; ++k) {
-    writer[k] = entry_of(thread + static_cast<u32>(k * 4 / bytes), 15, false, w.clock);
+    writer[k] = entry_of(thread + lane_of(k), 15, false, w.clock);
   }
   std::memset(m.written.data() + at, 0xff, n);
   std::memcpy(m.data.data() + at, data, n);

@@ -70,6 +70,13 @@ int cudasim_enqueue(void* stream, const char* name, void (*run)(void*), int (*re
   });
 }
 
+void cudasim_progress(void* stream, int device) {
+  Runtime& r = Runtime::get();
+  const int before = std::exchange(thread_state().device, device);
+  if (Stream* s = stream_of(r, static_cast<cudaStream_t>(stream))) r.streams.progress(s);
+  thread_state().device = before;
+}
+
 void cudasim_check(const void* p, std::size_t bytes, int read, const char* what) {
   const Runtime& r = Runtime::get();
   const u64 at = reinterpret_cast<u64>(p);

@@ -149,9 +149,16 @@ void Runtime::run_kernel(const KernelWork& k, int device) {
   next_tag_ += static_cast<u32>(blocks);
   launch.seed = config.schedule;
   launch.cooperative = k.cooperative;
+  if (k.cooperative) {
+    // Cooperative groups count arrivals in a word of it.
+    launch.workspace = arena.allocate(device, 64, 256, "grid workspace");
+    std::memset(reinterpret_cast<void*>(launch.workspace), 0, 64);
+    arena.set_state(launch.workspace, 64, kInitialised);
+  }
   launch.max_instructions = config.max_instructions;
   launch.registered = registered;
   const Tally tally = run_launch(launch, config.threads);
+  if (launch.workspace != 0) arena.release(launch.workspace);
   std::fputs(launch.output.c_str(), stdout);
   ++process.kernel_launches;
   KernelCounts& c = counts[k.kernel->name];

@@ -205,6 +205,7 @@ __global__ void top_k(const float* x, int n, int k, int* ids) {
       const int other_id = __shfl_xor_sync(~0u, id, o);
       if (other > best || (other == best && other_id < id)) best = other, id = other_id;
     }
+    __syncwarp();  // shuffles do not order memory
     if (lane == 0) {
       ids[blockIdx.x * k + r] = id;
       row[id] = -INFINITY;
