@@ -51,6 +51,7 @@ std::unique_ptr<Program> Encoder::run() {
   p.register_bytes = file_.bytes;
   p.live_registers = file_.most_live;
   p.local_bytes = round_up(flat_.local_bytes, 16);
+  find_compared();
   lay_out_parameters();
   lay_out_shared();
   p.constants.resize(64);
@@ -60,6 +61,18 @@ std::unique_ptr<Program> Encoder::run() {
   // Into alignment, for which the last 64 bytes are slack.
   std::memmove(p.constants_base(), p.constants.data(), p.constants.size() - 64);
   return std::move(program_);
+}
+
+void Encoder::find_compared() {
+  for (const auto& f : flat_.code) {
+    const bool cas = f.ptx.op[0] == "atom" && f.ptx.has("cas") && f.ptx.args.size() == 4;
+    if (cas && f.ptx.args[2].reg >= 0) compared_.insert(f.ptx.args[2].reg);
+  }
+  for (const auto& f : flat_.code) {
+    const bool moves =
+        f.ptx.op[0] == "mov" && f.ptx.args.size() == 2 && compared_.contains(f.ptx.args[0].reg);
+    if (moves && f.ptx.args[1].reg >= 0) compared_.insert(f.ptx.args[1].reg);
+  }
 }
 
 void Encoder::lay_out_parameters() {
@@ -256,6 +269,10 @@ Place Encoder::special(const FlatIns& f, const std::string& name, bool wide) {
 bool Encoder::symbol(const std::string& name, u64& value) {
   if (const auto s = shared_.find(name); s != shared_.end()) {
     value = s->second;
+    return true;
+  }
+  if (const auto p = parameters_.find(name); p != parameters_.end()) {
+    value = p->second;
     return true;
   }
   const auto is_it = [&](const ptx::Variable& v) {

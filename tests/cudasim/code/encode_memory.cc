@@ -64,17 +64,13 @@ bool Encoder::loads_and_stores(const FlatIns& f, Ins& ins) {
   ins.run = loads ? load_handler(space) : store_handler(space);
   if (ins.run == nullptr) unknown(f, "state space");
   const Operand& data = i.args.at(loads ? 0 : 1);
-  Operand where = i.args.at(loads ? 1 : 0);
-  if (space == Space::Param) {
-    const auto parameter = parameters_.find(where.name);
-    if (parameter == parameters_.end()) unknown(f, fmt::format("parameter {}", where.name));
-    where.name.clear();
-    where.offset += static_cast<i64>(parameter->second);
-  }
+  const Operand& where = i.args.at(loads ? 1 : 0);
   set_address(f, where, ins);
   std::vector<Operand> items = data.items;
   if (data.kind != Operand::Kind::Vector) items = {data};
   if (items.size() != ins.count) unknown(f, "number of registers");
+  // cuda_fp16.h and user code begin such loops with a plain load.
+  if (loads && compared_.contains(data.reg)) ins.flags |= kStrong;
   const bool is_signed = type[0] == 's';
   std::vector<Place> places;
   for (const auto& o : items) {

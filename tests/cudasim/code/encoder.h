@@ -2,6 +2,7 @@
 
 #include <initializer_list>
 #include <map>
+#include <set>
 #include <string_view>
 
 #include "tests/cudasim/code/allocate.h"
@@ -37,6 +38,9 @@ class Encoder {
   void allow(const FlatIns& f, std::initializer_list<std::string_view> known,
              std::size_t first = 1) const;
 
+  /// Registers that are compared by an atom.cas: what is loaded into them begins a compare-and-swap
+  /// loop, and may be out of date.
+  void find_compared();
   void lay_out_parameters();
   void lay_out_shared();
   void encode(const FlatIns& f);
@@ -71,6 +75,7 @@ class Encoder {
   std::map<std::string, u64> shared_;  // shared-window address by name
   std::map<std::string, const ptx::Variable*> shared_variables_;
   std::map<std::string, u64> parameters_;
+  std::set<int> compared_;
 };
 
 }  // namespace cudasim

@@ -22,19 +22,36 @@ class Blas : public OnDevice {
 float value(float v) { return v; }
 float value(__nv_bfloat16 v) { return __bfloat162float(v); }
 float value(__half v) { return __half2float(v); }
-template <class T> T from(float v);
-template <> float from<float>(float v) { return v; }
-template <> __nv_bfloat16 from<__nv_bfloat16>(float v) { return __float2bfloat16(v); }
-template <> __half from<__half>(float v) { return __float2half(v); }
-template <class T> constexpr cudaDataType_t kType = CUDA_R_32F;
-template <> constexpr cudaDataType_t kType<__nv_bfloat16> = CUDA_R_16BF;
-template <> constexpr cudaDataType_t kType<__half> = CUDA_R_16F;
-template <class T> constexpr double kEpsilon = 0x1p-24;
-template <> constexpr double kEpsilon<__nv_bfloat16> = 0x1p-8;  // 8 bits of precision
-template <> constexpr double kEpsilon<__half> = 0x1p-11;
+template <class T>
+T from(float v);
+template <>
+float from<float>(float v) {
+  return v;
+}
+template <>
+__nv_bfloat16 from<__nv_bfloat16>(float v) {
+  return __float2bfloat16(v);
+}
+template <>
+__half from<__half>(float v) {
+  return __float2half(v);
+}
+template <class T>
+constexpr cudaDataType_t kType = CUDA_R_32F;
+template <>
+constexpr cudaDataType_t kType<__nv_bfloat16> = CUDA_R_16BF;
+template <>
+constexpr cudaDataType_t kType<__half> = CUDA_R_16F;
+template <class T>
+constexpr double kEpsilon = 0x1p-24;
+template <>
+constexpr double kEpsilon<__nv_bfloat16> = 0x1p-8;  // 8 bits of precision
+template <>
+constexpr double kEpsilon<__half> = 0x1p-11;
 
 template <class T, class D>
-void compare(cublasHandle_t handle, bool ta, bool tb, int m, int n, int k, float alpha, float beta) {
+void compare(cublasHandle_t handle, bool ta, bool tb, int m, int n, int k, float alpha,
+             float beta) {
   const int lda = (ta ? k : m) + 3, ldb = (tb ? n : k) + 1, ldc = m + 2;
   const auto fill = [](size_t size, unsigned seed, auto t) {
     std::vector<decltype(t)> v(size);
@@ -46,9 +63,9 @@ void compare(cublasHandle_t handle, bool ta, bool tb, int m, int n, int k, float
   const auto c = fill(ldc * n, 3, D{});
   Buffer<T> da(a), db(b);
   Buffer<D> dc(c);
-  ASSERT_EQ(cublasGemmEx(handle, ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb ? CUBLAS_OP_T : CUBLAS_OP_N, m, n,
-                         k, &alpha, da, kType<T>, lda, db, kType<T>, ldb, &beta, dc, kType<D>, ldc,
-                         CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+  ASSERT_EQ(cublasGemmEx(handle, ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb ? CUBLAS_OP_T : CUBLAS_OP_N, m,
+                         n, k, &alpha, da, kType<T>, lda, db, kType<T>, ldb, &beta, dc, kType<D>,
+                         ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
             CUBLAS_STATUS_SUCCESS);
   const auto got = dc.host();
   for (int j = 0; j < n; ++j) {
@@ -88,8 +105,8 @@ TEST_F(Blas, BatchesByStrideAndByPointer) {
   const auto a = normal(m * k * batch, 4), b = normal(k * n * batch, 5);
   Buffer<float> da(a), db(b), dc(m * n * batch), dp(m * n * batch);
   const float one = 1, zero = 0;
-  ASSERT_EQ(cublasSgemmStridedBatched(handle_, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, &one, da, m, m * k,
-                                      db, k, k * n, &zero, dc, m, m * n, batch),
+  ASSERT_EQ(cublasSgemmStridedBatched(handle_, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, &one, da, m,
+                                      m * k, db, k, k * n, &zero, dc, m, m * n, batch),
             CUBLAS_STATUS_SUCCESS);
   std::vector<const void*> pa, pb;
   std::vector<void*> pc;
@@ -100,14 +117,15 @@ TEST_F(Blas, BatchesByStrideAndByPointer) {
   }
   Buffer<const void*> qa(pa), qb(pb);
   Buffer<void*> qc(pc);
-  ASSERT_EQ(cublasGemmBatchedEx(handle_, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, &one, qa.get(), CUDA_R_32F,
-                                m, qb.get(), CUDA_R_32F, k, &zero, qc.get(), CUDA_R_32F, m, batch,
-                                CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+  ASSERT_EQ(cublasGemmBatchedEx(handle_, CUBLAS_OP_N, CUBLAS_OP_N, m, n, k, &one, qa.get(),
+                                CUDA_R_32F, m, qb.get(), CUDA_R_32F, k, &zero, qc.get(), CUDA_R_32F,
+                                m, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
             CUBLAS_STATUS_SUCCESS);
   const auto c = dc.host(), p = dp.host();
   EXPECT_EQ(c, p);
   double expected = 0;
-  for (int l = 0; l < k; ++l) expected += double(a[2 * m * k + l * m + 1]) * b[2 * k * n + 2 * k + l];
+  for (int l = 0; l < k; ++l)
+    expected += double(a[2 * m * k + l * m + 1]) * b[2 * k * n + 2 * k + l];
   EXPECT_NEAR(c[2 * m * n + 2 * m + 1], expected, 1e-5);
 }
 

@@ -16,7 +16,8 @@ std::string report_of(Launch launch) {
 }
 
 // `finding`: one name, or several that the order of execution decides between: "a|b".
-void expect_finding(const std::string& report, const std::string& finding, const std::string& says = "") {
+void expect_finding(const std::string& report, const std::string& finding,
+                    const std::string& says = "") {
   const std::string name = report.substr(0, report.find(':'));
   EXPECT_NE(("|" + finding + "|").find("|" + name + "|"), std::string::npos) << report;
   EXPECT_NE(report.find(says), std::string::npos) << report;
@@ -60,7 +61,8 @@ TEST_F(Checks, UseAfterFree) {
   check(cudaMemset(x, 0, 128));
   EXPECT_EQ(report_of([&] { copy_n<<<1, 32>>>(x, y, 32); }), "");
   check(cudaFree(x));
-  expect_finding(report_of([&] { copy_n<<<1, 32>>>(x, y, 32); }), "use-after-free", "freed cudaMalloc");
+  expect_finding(report_of([&] { copy_n<<<1, 32>>>(x, y, 32); }), "use-after-free",
+                 "freed cudaMalloc");
 }
 
 TEST_F(Checks, UninitialisedDeviceMemory) {
@@ -91,7 +93,6 @@ __global__ void shared_sum(const float* x, float* y) {
   __syncthreads();
   y[i] = s[i] + other[i % 4];
 }
-
 
 __global__ void same_values(int* flag) { *flag = 1; }
 
@@ -154,8 +155,10 @@ TEST_F(Checks, MisalignedVectors) {
 
 __global__ void histogram(const int* ids, int* count, bool atomic) {
   const int i = ids[blockIdx.x * blockDim.x + threadIdx.x];
-  if (atomic) atomicAdd(&count[i], 1);
-  else count[i] = count[i] + 1;
+  if (atomic)
+    atomicAdd(&count[i], 1);
+  else
+    count[i] = count[i] + 1;
 }
 
 TEST_F(Checks, ScatterWithoutAtomics) {
@@ -178,7 +181,8 @@ TEST_F(Checks, GlobalRaceWithinABlock) {
   Buffer<float> x(64);
   expect_finding(report_of([&] { neighbours<<<1, 64>>>(x); }), "global-race|uninitialised-read");
   Buffer<float> y(std::vector<float>(64));
-  expect_finding(report_of([&] { neighbours<<<1, 64>>>(y); }), "global-race", "a barrier is missing");
+  expect_finding(report_of([&] { neighbours<<<1, 64>>>(y); }), "global-race",
+                 "a barrier is missing");
 }
 
 // Flags between blocks: with and without the fence that publishes the data.
@@ -198,12 +202,16 @@ TEST_F(Checks, PublishingNeedsAFence) {
   for (const bool fence : {true, false}) {
     Buffer<int> data(1), flag(std::vector<int>{0}), out(1);
     const std::string report = report_of([&] {
-      if (fence) hand_over<true><<<64, 32>>>(data, flag, out);
-      else hand_over<false><<<64, 32>>>(data, flag, out);
+      if (fence)
+        hand_over<true><<<64, 32>>>(data, flag, out);
+      else
+        hand_over<false><<<64, 32>>>(data, flag, out);
     });
     // Under a schedule in which block 0 comes last there is nobody to hand over to.
-    if (fence) EXPECT_EQ(report, "");
-    else if (!report.empty()) expect_finding(report, "global-race", "of block");
+    if (fence)
+      EXPECT_EQ(report, "");
+    else if (!report.empty())
+      expect_finding(report, "global-race", "of block");
   }
 }
 
@@ -213,8 +221,10 @@ __global__ void staged(const float4* x, float4* y) {
   __pipeline_memcpy_async(&s[threadIdx.x], &x[threadIdx.x], 16);
   if (Bug != 1) __pipeline_commit();
   if (Bug != 2) __pipeline_wait_prior(0);
-  if (Bug == 3) __syncwarp();
-  else __syncthreads();
+  if (Bug == 3)
+    __syncwarp();
+  else
+    __syncthreads();
   y[threadIdx.x] = s[63 - threadIdx.x];
 }
 

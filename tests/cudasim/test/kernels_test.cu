@@ -122,15 +122,17 @@ __global__ void gemm(const bf16* A, const bf16* B, float* C, int N, int K) {
       unsigned a[4], b[2];
       unsigned at = __cvta_generic_to_shared(&stage(s)[lane % 16 * kStride + kk + lane / 16 * 8]);
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(at));
-      at = __cvta_generic_to_shared(
-          &stage(s)[(16 + lane % 8) * kStride + kk + lane / 8 % 2 * 8]);
+                   : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                   : "r"(at));
+      at = __cvta_generic_to_shared(&stage(s)[(16 + lane % 8) * kStride + kk + lane / 8 % 2 * 8]);
       asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
-                   : "=r"(b[0]), "=r"(b[1]) : "r"(at));
-      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
-                   "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+                   : "=r"(b[0]), "=r"(b[1])
+                   : "r"(at));
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
+          "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
     __syncthreads();
   }
@@ -239,7 +241,9 @@ TEST_F(Kernels, SoftmaxAndTopK) {
   }
 }
 
-__device__ float gelu(float v) { return 0.5f * v * (1 + tanhf(0.79788456f * (v + 0.044715f * v * v * v))); }
+__device__ float gelu(float v) {
+  return 0.5f * v * (1 + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
+}
 
 // Gather of k rows, dot with x, GELU, scatter-add of the down rows: one warp an expert.
 __global__ void experts(const float* x, const bf16* in, const bf16* out, const int* ids, float* y,
@@ -363,7 +367,8 @@ TEST_F(Kernels, CooperativeGridSync) {
   int* pa = a;
   int* pb = b;
   void* args[] = {&pa, &pb};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(ring), dim3(4), dim3(64), args, 0, nullptr));
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<void*>(ring), dim3(4), dim3(64), args, 0,
+                                    nullptr));
   check(cudaDeviceSynchronize());
   const auto h = a.host();
   for (int i = 0; i < 256; ++i) EXPECT_EQ(h[i], (i + 34) % 256);
@@ -404,12 +409,23 @@ __global__ void calls(const float* x, float* y, int n) {
   const int i = threadIdx.x;
   float v;
   switch (i % 6) {
-    case 0: v = power_sum(x, n, 2); break;
-    case 1: v = power_sum(x + 1, n - 1, 1); break;
-    case 2: v = erff(x[i]); break;
-    case 3: v = logf(fabsf(x[i]) + 1); break;
-    case 4: v = x[i] / 3.0f + sqrtf(fabsf(x[i])); break;
-    default: v = static_cast<float>(static_cast<double>(x[i]) / 7.0);
+    case 0:
+      v = power_sum(x, n, 2);
+      break;
+    case 1:
+      v = power_sum(x + 1, n - 1, 1);
+      break;
+    case 2:
+      v = erff(x[i]);
+      break;
+    case 3:
+      v = logf(fabsf(x[i]) + 1);
+      break;
+    case 4:
+      v = x[i] / 3.0f + sqrtf(fabsf(x[i]));
+      break;
+    default:
+      v = static_cast<float>(static_cast<double>(x[i]) / 7.0);
   }
   y[i] = v;
 }
@@ -421,8 +437,10 @@ TEST_F(Kernels, CallsBranchesAndMathFunctions) {
   const auto y = dy.host();
   for (int i = 0; i < 64; ++i) {
     double e = 0;
-    if (i % 6 == 0) for (int k = 0; k < 20; ++k) e += double(x[k]) * x[k];
-    if (i % 6 == 1) for (int k = 1; k < 20; ++k) e += std::abs(x[k]);
+    if (i % 6 == 0)
+      for (int k = 0; k < 20; ++k) e += double(x[k]) * x[k];
+    if (i % 6 == 1)
+      for (int k = 1; k < 20; ++k) e += std::abs(x[k]);
     if (i % 6 == 2) e = std::erf(x[i]);
     if (i % 6 == 3) e = std::log(std::abs(x[i]) + 1.0);
     if (i % 6 == 4) e = x[i] / 3.0 + std::sqrt(std::abs(double(x[i])));
@@ -439,7 +457,8 @@ __global__ void many_atomics(float* f, __nv_bfloat162* pair, __half2* half, unsi
   atomicAdd(u, 1ull << 33);
   atomicMin(minimum, -static_cast<int>(threadIdx.x));
   atomicInc(wrap, 9);
-  atomicCAS(lock, static_cast<unsigned short>(threadIdx.x), static_cast<unsigned short>(threadIdx.x + 1));
+  atomicCAS(lock, static_cast<unsigned short>(threadIdx.x),
+            static_cast<unsigned short>(threadIdx.x + 1));
 }
 
 TEST_F(Kernels, Atomics) {
@@ -461,8 +480,27 @@ TEST_F(Kernels, Atomics) {
   EXPECT_EQ(lock.host()[1], 7);
 }
 
+struct Table {
+  int n;
+  float values[13];
+  long long wide[2];
+};
+__global__ void from_struct(Table t, float* y) {
+  y[threadIdx.x] = t.values[threadIdx.x % t.n] + static_cast<float>(t.wide[threadIdx.x % 2]);
+}
+
+TEST_F(Kernels, StructParameterIndexedByTheThread) {
+  Table t = {13, {}, {100, 200}};
+  for (int i = 0; i < 13; ++i) t.values[i] = i * 0.5f;
+  Buffer<float> y(40);
+  from_struct<<<1, 40>>>(t, y);
+  const auto h = y.host();
+  for (int i = 0; i < 40; ++i) EXPECT_EQ(h[i], i % 13 * 0.5f + (i % 2 ? 200 : 100));
+}
+
 __global__ void says(const char* what) {
-  if (threadIdx.x == 3) printf("thread %d: %s %5.2f %llx%%\n", threadIdx.x, "text", 1.5, 0x123456789all);
+  if (threadIdx.x == 3)
+    printf("thread %d: %s %5.2f %llx%%\n", threadIdx.x, "text", 1.5, 0x123456789all);
 }
 
 TEST_F(Kernels, Printf) {

@@ -49,18 +49,27 @@ TEST_F(Nccl, SeveralDevicesOfOneProcess) {
     for (int r = 0; r < kRanks; ++r) ASSERT_EQ(f(r), ncclSuccess);
     ASSERT_EQ(ncclGroupEnd(), ncclSuccess);
   };
-  in_group([&](int r) { return ncclAllReduce(in[r], out[r], kCount, ncclFloat, ncclSum, comms[r], streams[r]); });
+  in_group([&](int r) {
+    return ncclAllReduce(in[r], out[r], kCount, ncclFloat, ncclSum, comms[r], streams[r]);
+  });
   for (int r = 0; r < kRanks; ++r) EXPECT_EQ(result(r, kCount)[5], 30.0f + 15.0f);
-  in_group([&](int r) { return ncclAllReduce(in[r], out[r], kCount, ncclFloat, ncclMax, comms[r], streams[r]); });
+  in_group([&](int r) {
+    return ncclAllReduce(in[r], out[r], kCount, ncclFloat, ncclMax, comms[r], streams[r]);
+  });
   EXPECT_EQ(result(1, kCount)[2], 22.0f);
-  in_group([&](int r) { return ncclAllGather(in[r], out[r], kCount, ncclFloat, comms[r], streams[r]); });
+  in_group(
+      [&](int r) { return ncclAllGather(in[r], out[r], kCount, ncclFloat, comms[r], streams[r]); });
   for (int r = 0; r < kRanks; ++r) {
     const auto h = result(r, kRanks * kCount);
     for (int i = 0; i < kRanks * kCount; ++i) EXPECT_EQ(h[i], 10.0f * (i / kCount) + i % kCount);
   }
-  in_group([&](int r) { return ncclReduceScatter(in[r], out[r], 2, ncclFloat, ncclSum, comms[r], streams[r]); });
+  in_group([&](int r) {
+    return ncclReduceScatter(in[r], out[r], 2, ncclFloat, ncclSum, comms[r], streams[r]);
+  });
   EXPECT_EQ(result(2, 2)[1], 30.0f + 15.0f);
-  in_group([&](int r) { return ncclBroadcast(in[r], out[r], kCount, ncclFloat, 1, comms[r], streams[r]); });
+  in_group([&](int r) {
+    return ncclBroadcast(in[r], out[r], kCount, ncclFloat, 1, comms[r], streams[r]);
+  });
   EXPECT_EQ(result(0, kCount)[0], 10.0f);
   // Around a ring.
   ASSERT_EQ(ncclGroupStart(), ncclSuccess);
@@ -74,17 +83,22 @@ TEST_F(Nccl, SeveralDevicesOfOneProcess) {
   // Ranks that call different things.
   ASSERT_EQ(ncclGroupStart(), ncclSuccess);
   for (int r = 0; r < kRanks; ++r) {
-    ncclAllReduce(in[r], out[r], r == 2 ? kCount - 1 : kCount, ncclFloat, ncclSum, comms[r], streams[r]);
+    ncclAllReduce(in[r], out[r], r == 2 ? kCount - 1 : kCount, ncclFloat, ncclSum, comms[r],
+                  streams[r]);
   }
-  ASSERT_EQ(ncclGroupEnd(), ncclSuccess);
+  ncclGroupEnd();  // other schedules may notice here
   cudaSetDevice(0);
   EXPECT_NE(cudaStreamSynchronize(streams[0]), cudaSuccess);
   const std::string report = take_report();
   EXPECT_NE(report.find("mismatched calls"), std::string::npos) << report;
   EXPECT_NE(report.find("count 5"), std::string::npos) << report;
   ncclResult_t async = ncclSuccess;
-  EXPECT_EQ(ncclCommGetAsyncError(comms[0], &async), ncclSuccess);
-  EXPECT_EQ(async, ncclRemoteError);
+  int failed = 0;
+  for (int r = 0; r < kRanks; ++r) {
+    EXPECT_EQ(ncclCommGetAsyncError(comms[r], &async), ncclSuccess);
+    failed += async == ncclRemoteError;
+  }
+  EXPECT_GE(failed, 1);
   for (int r = 0; r < kRanks; ++r) {
     cudaSetDevice(r);
     cudaDeviceSynchronize();

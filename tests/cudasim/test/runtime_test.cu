@@ -116,7 +116,7 @@ TEST_F(RuntimeApi, CopiesAndSets) {
   EXPECT_EQ(cudaFree(x.get() + 1), cudaErrorInvalidValue);
   cudaGetLastError();
   // Copies are checked as kernels are.
-  check(cudaMemcpyAsync(y, x, 256, cudaMemcpyDeviceToDevice, nullptr));
+  cudaMemcpyAsync(y, x, 256, cudaMemcpyDeviceToDevice, nullptr);
   EXPECT_TRUE(take_report().starts_with("out-of-bounds"));
 }
 
@@ -137,14 +137,17 @@ TEST_F(RuntimeApi, MissingDependencyIsDetected) {
     // Schedules other than 0 may happen to run it in time, as a device may.
     const char* schedule = std::getenv("CUDASIM_SCHEDULE");
     const bool late = schedule == nullptr || std::strcmp(schedule, "0") == 0;
-    if (waits) EXPECT_EQ(report, "");
-    else if (late) EXPECT_TRUE(report.starts_with("uninitialised-read")) << report;
+    if (waits)
+      EXPECT_EQ(report, "");
+    else if (late)
+      EXPECT_TRUE(report.starts_with("uninitialised-read")) << report;
   }
 }
 
 TEST_F(RuntimeApi, HostBuffersAreUsedWhenTheCopyRuns) {
   const char* schedule = std::getenv("CUDASIM_SCHEDULE");
-  if (schedule != nullptr && std::strcmp(schedule, "0") != 0) GTEST_SKIP() << "schedule 0 alone is late";
+  if (schedule != nullptr && std::strcmp(schedule, "0") != 0)
+    GTEST_SKIP() << "schedule 0 alone is late";
   int* pinned = nullptr;
   check(cudaMallocHost(&pinned, 4));
   *pinned = 1;
@@ -214,7 +217,8 @@ TEST_F(RuntimeApi, HostFunctionsRunInOrder) {
     int value = 0;
   } seen{x, 0};
   fill<<<1, 32, 0, s>>>(x, 9, 32);
-  check(cudaLaunchHostFunc(s, [](void* p) { static_cast<Seen*>(p)->value = 1; }, &seen));
+  check(cudaLaunchHostFunc(
+      s, [](void* p) { static_cast<Seen*>(p)->value = 1; }, &seen));
   check(cudaStreamSynchronize(s));
   EXPECT_EQ(seen.value, 1);
 }

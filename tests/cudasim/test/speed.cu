@@ -68,14 +68,11 @@ int main() {
   timed("matvec", [&] {
     for (int k = 0; k < 4; ++k) {
       matvec<<<rows / 8, 256, d * sizeof(float)>>>(static_cast<uint4*>(w), static_cast<float*>(x),
-                                                    static_cast<float*>(y), d);
+                                                   static_cast<float*>(y), d);
     }
   });
-  timed("axpy", [&] {
-    axpy<<<64, 256>>>(static_cast<float*>(x), static_cast<float*>(y), n);
-  });
-  timed("polynomial",
-        [&] { polynomial<<<64, 256>>>(static_cast<float*>(y), 500); });
+  timed("axpy", [&] { axpy<<<64, 256>>>(static_cast<float*>(x), static_cast<float*>(y), n); });
+  timed("polynomial", [&] { polynomial<<<64, 256>>>(static_cast<float*>(y), 500); });
   cudaFree(w);
   cudaFree(x);
   cudaFree(y);
