@@ -124,8 +124,8 @@ int rank_of_process(const ncclUniqueId& id, int rank, int ranks) {
   for (int round = 0; round < 5; ++round) {
     const ncclResult_t e = ncclAllReduce(x, x, n, ncclFloat, ncclSum, comm, nullptr);
     if (e == ncclSystemError) return 20;
-    if (e != ncclSuccess) return 12;
-    if (cudaDeviceSynchronize() != cudaSuccess) return 21;
+    // Other schedules run the call early: what it finds comes back at once.
+    if (e != ncclSuccess || cudaDeviceSynchronize() != cudaSuccess) return 21;
   }
   cudaMemcpy(h.data(), x, n * 4, cudaMemcpyDeviceToHost);
   const float expected = 6.0f * 81;  // 1 + 2 + 3, then threefold four times
