@@ -22,9 +22,9 @@ struct Matrix {
 
 enum class Epilogue { None, Relu, Gelu };
 
-/// D = epilogue(alpha op(A) op(B) + beta C + bias), op(A) [m, k], op(B) [k, n], C and D [m, n], bias
-/// [m]; for each of `batch` matrices. Products and sums in float32 (with tf32, A and B are rounded to
-/// it first), rounded once to D's type, as cuBLAS documents for CUBLAS_COMPUTE_32F.
+/// D = epilogue(alpha op(A) op(B) + beta C + bias), op(A) [m, k], op(B) [k, n], C and D [m, n],
+/// bias [m]; for each of `batch` matrices. Products and sums in float32 (with tf32, A and B are
+/// rounded to it first), rounded once to D's type, as cuBLAS documents for CUBLAS_COMPUTE_32F.
 struct Product {
   bool transpose_a = false, transpose_b = false;
   i64 m = 0, n = 0, k = 0;

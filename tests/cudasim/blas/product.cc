@@ -38,8 +38,8 @@ float rounded_to_tf32(float v) {
 void check_columns(const void* data, cudaDataType_t type, i64 rows, i64 columns, i64 leading,
                    bool read, const char* what) {
   for (i64 c = 0; c < columns; ++c) {
-    const auto* at = static_cast<const std::byte*>(data) +
-                     static_cast<std::size_t>(c * leading) * size_of(type);
+    const auto* at =
+        static_cast<const std::byte*>(data) + static_cast<std::size_t>(c * leading) * size_of(type);
     cudasim_check(at, static_cast<std::size_t>(rows) * size_of(type), read ? 1 : 0, what);
   }
 }
@@ -58,10 +58,12 @@ std::vector<float> packed(const void* data, cudaDataType_t type, i64 rows, i64 c
 
 float finished(const Product& p, float v) {
   switch (p.epilogue) {
-    case Epilogue::Relu: return v > 0 ? v : 0;
+    case Epilogue::Relu:
+      return v > 0 ? v : 0;
     case Epilogue::Gelu:
       return 0.5f * v * (1 + std::tanh(0.7978845608f * (v + 0.044715f * v * v * v)));
-    case Epilogue::None: break;
+    case Epilogue::None:
+      break;
   }
   return v;
 }
@@ -117,8 +119,7 @@ void run(void* data) {
   const Product& p = *static_cast<const Product*>(data);
   for (i64 n = 0; n < p.batch; ++n) {
     multiply(p, matrix(p.a, n, p.pointer_arrays), matrix(p.b, n, p.pointer_arrays),
-             matrix(p.c, n, p.pointer_arrays),
-             const_cast<void*>(matrix(p.d, n, p.pointer_arrays)));
+             matrix(p.c, n, p.pointer_arrays), const_cast<void*>(matrix(p.d, n, p.pointer_arrays)));
   }
 }
 
@@ -127,7 +128,8 @@ void run(void* data) {
 cublasStatus_t enqueue(cudaStream_t stream, const Product& p) {
   for (const Matrix* m : {&p.a, &p.b, &p.c, &p.d}) {
     if (known(m->type)) continue;
-    std::fprintf(stderr, "cudasim: cuBLAS: data type %d is not modelled\n", static_cast<int>(m->type));
+    std::fprintf(stderr, "cudasim: cuBLAS: data type %d is not modelled\n",
+                 static_cast<int>(m->type));
     return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   const i64 a_rows = p.transpose_a ? p.k : p.m, b_rows = p.transpose_b ? p.n : p.k;
@@ -137,8 +139,9 @@ cublasStatus_t enqueue(cudaStream_t stream, const Product& p) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
   if (p.a.type != p.b.type) return CUBLAS_STATUS_NOT_SUPPORTED;
-  const int e = cudasim_enqueue(stream, "cuBLAS product", run, nullptr,
-                                [](void* d) { delete static_cast<Product*>(d); }, new Product(p));
+  const int e = cudasim_enqueue(
+      stream, "cuBLAS product", run, nullptr, [](void* d) { delete static_cast<Product*>(d); },
+      new Product(p));
   return e == 0 ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }
 

@@ -40,8 +40,9 @@ std::string bounds_table(const std::string& file) {
   } catch (const nlohmann::json::exception& e) {
     fail("{}: {}", file, e.what());
   }
-  std::string table = "Lower bounds from counted work, all launches of a kernel together; no launch "
-                      "overhead, no latency.\n\n| kernel | launches |";
+  std::string table =
+      "Lower bounds from counted work, all launches of a kernel together; no launch "
+      "overhead, no latency.\n\n| kernel | launches |";
   std::string line = "|---|---:|";
   for (const Gpu& g : kGpus) {
     table += fmt::format(" {} bound |", g.name);
@@ -51,7 +52,8 @@ std::string bounds_table(const std::string& file) {
   std::vector<double> total(std::size(kGpus));
   for (const auto& k : counters.at("kernels")) {
     CountedWork work;
-    work.dram_bytes = k.at("unique_read_bytes").get<double>() + k.at("unique_written_bytes").get<double>();
+    work.dram_bytes =
+        k.at("unique_read_bytes").get<double>() + k.at("unique_written_bytes").get<double>();
     work.tensor_flops = k.at("mma_flops").get<double>();
     work.warp_instructions = k.at("warp_instructions").get<double>();
     work.shared_wavefronts = k.at("shared_wavefronts").get<double>();

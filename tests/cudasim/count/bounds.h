@@ -11,7 +11,7 @@ struct Gpu {
   double memory_bandwidth;  // bytes/s
   double tensor_flops;      // dense bf16 with float32 sums, flop/s
   double multiprocessors;
-  double clock;             // Hz, boost
+  double clock;  // Hz, boost
 };
 
 std::span<const Gpu> gpus();

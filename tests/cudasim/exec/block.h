@@ -36,7 +36,7 @@ struct Launch {
   u32 first_tag = 0;  // of its blocks: block n has first_tag + n
   u64 seed = 0;       // 0: blocks and warps in order
   bool cooperative = false;
-  u64 workspace = 0;  // where the blocks of a cooperative launch meet; 0: not one
+  u64 workspace = 0;         // where the blocks of a cooperative launch meet; 0: not one
   u64 max_instructions = 0;  // of a block, in warp instructions; 0: no limit
   struct HostRange {
     u64 base, size;

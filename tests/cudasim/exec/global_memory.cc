@@ -68,8 +68,8 @@ inline void note_reader(const Arena::Words& words, u64 k, u32 tag, u32 entry) {
   words.reader[0][k] = entry;
 }
 
-// Which earlier accesses to the words of a run are of no concern: those of other launches, and those
-// of the lane that has the word now.
+// Which earlier accesses to the words of a run are of no concern: those of other launches, and
+// those of the lane that has the word now.
 class Own {
  public:
   Own(const Warp& w, u32 bytes)

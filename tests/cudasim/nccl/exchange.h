@@ -20,9 +20,9 @@ struct Call {
   bool matches(const Call& other) const;
 };
 
-/// How ranks exchange data, in one process or several: a folder in shared memory, named by the unique
-/// id, with a file for each call of each rank. A file appears whole, by renaming; that it is there
-/// says that the rank has come to the call.
+/// How ranks exchange data, in one process or several: a folder in shared memory, named by the
+/// unique id, with a file for each call of each rank. A file appears whole, by renaming; that it is
+/// there says that the rank has come to the call.
 class Exchange {
  public:
   Exchange(const std::string& id, int rank, int ranks);

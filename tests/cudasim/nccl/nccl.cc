@@ -42,9 +42,9 @@ std::set<ncclComm*> registry;  // of this process
 thread_local int group_depth = 0;
 std::string last_error;
 
-// CUDASIM_NCCL_FAIL=RANK:CALL:KIND, calls counted from 0. "error": the call returns ncclSystemError;
-// "hang": the rank never takes part; "async": the call works and the communicator reports
-// ncclRemoteError from then on.
+// CUDASIM_NCCL_FAIL=RANK:CALL:KIND, calls counted from 0. "error": the call returns
+// ncclSystemError; "hang": the rank never takes part; "async": the call works and the communicator
+// reports ncclRemoteError from then on.
 std::string injected(const ncclComm& c, std::uint64_t call) {
   const char* text = std::getenv("CUDASIM_NCCL_FAIL");
   int rank = -1;
@@ -139,7 +139,8 @@ void finish(void* p) {
   if (o.peer >= 0) {
     Call theirs;
     if (!c.exchange->posted(o.key, o.peer)) {
-      lost(c, fmt::format("rank {} waits for a message of rank {} that never comes", c.rank, o.peer));
+      lost(c,
+           fmt::format("rank {} waits for a message of rank {} that never comes", c.rank, o.peer));
     }
     const auto data = c.exchange->read(o.key, o.peer, theirs);
     if (theirs.count != n || theirs.type != o.call.type) {
@@ -197,8 +198,9 @@ ncclResult_t enqueue(const Pending& p, bool posting) {
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(p.operation->comm->device);
-  const int e = cudasim_enqueue(p.stream, "NCCL", posting ? post : finish, posting ? nullptr : ready,
-                                drop, new std::shared_ptr<Operation>(p.operation));
+  const int e =
+      cudasim_enqueue(p.stream, "NCCL", posting ? post : finish, posting ? nullptr : ready, drop,
+                      new std::shared_ptr<Operation>(p.operation));
   cudaSetDevice(before);
   return e == cudaSuccess ? ncclSuccess : ncclUnhandledCudaError;
 }
@@ -336,14 +338,22 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t* e) {
 }
 const char* ncclGetErrorString(ncclResult_t e) {
   switch (e) {
-    case ncclSuccess: return "no error";
-    case ncclUnhandledCudaError: return "unhandled cuda error";
-    case ncclSystemError: return "unhandled system error";
-    case ncclInternalError: return "internal error";
-    case ncclInvalidArgument: return "invalid argument";
-    case ncclInvalidUsage: return "invalid usage";
-    case ncclRemoteError: return "remote process exited or there was a network error";
-    default: return "unknown result code";
+    case ncclSuccess:
+      return "no error";
+    case ncclUnhandledCudaError:
+      return "unhandled cuda error";
+    case ncclSystemError:
+      return "unhandled system error";
+    case ncclInternalError:
+      return "internal error";
+    case ncclInvalidArgument:
+      return "invalid argument";
+    case ncclInvalidUsage:
+      return "invalid usage";
+    case ncclRemoteError:
+      return "remote process exited or there was a network error";
+    default:
+      return "unknown result code";
   }
 }
 const char* ncclGetLastError(ncclComm_t) { return last_error.c_str(); }

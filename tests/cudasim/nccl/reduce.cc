@@ -22,8 +22,8 @@ struct Halves {
 };
 
 template <class T, class As>
-void combine_as(const std::vector<std::vector<std::byte>>& parts, std::size_t first, std::size_t count,
-                ncclRedOp_t op, void* out) {
+void combine_as(const std::vector<std::vector<std::byte>>& parts, std::size_t first,
+                std::size_t count, ncclRedOp_t op, void* out) {
   using Sum = typename As::Sum;
   for (std::size_t i = 0; i < count; ++i) {
     Sum total{};
@@ -54,33 +54,49 @@ void combine_as(const std::vector<std::vector<std::byte>>& parts, std::size_t fi
 std::size_t size_of(ncclDataType_t type) {
   switch (type) {
     case ncclInt8:
-    case ncclUint8: return 1;
+    case ncclUint8:
+      return 1;
     case ncclFloat16:
-    case ncclBfloat16: return 2;
+    case ncclBfloat16:
+      return 2;
     case ncclInt32:
     case ncclUint32:
-    case ncclFloat32: return 4;
+    case ncclFloat32:
+      return 4;
     case ncclInt64:
     case ncclUint64:
-    case ncclFloat64: return 8;
-    default: return 0;
+    case ncclFloat64:
+      return 8;
+    default:
+      return 0;
   }
 }
 
 void combine(const std::vector<std::vector<std::byte>>& parts, std::size_t first, std::size_t count,
              ncclDataType_t type, ncclRedOp_t op, void* out) {
   switch (type) {
-    case ncclInt8: return combine_as<i8, Plain<i8>>(parts, first, count, op, out);
-    case ncclUint8: return combine_as<u8, Plain<u8>>(parts, first, count, op, out);
-    case ncclInt32: return combine_as<i32, Plain<i32>>(parts, first, count, op, out);
-    case ncclUint32: return combine_as<u32, Plain<u32>>(parts, first, count, op, out);
-    case ncclInt64: return combine_as<i64, Plain<i64>>(parts, first, count, op, out);
-    case ncclUint64: return combine_as<u64, Plain<u64>>(parts, first, count, op, out);
-    case ncclFloat16: return combine_as<Half, Halves<Half>>(parts, first, count, op, out);
-    case ncclBfloat16: return combine_as<Bf16, Halves<Bf16>>(parts, first, count, op, out);
-    case ncclFloat32: return combine_as<float, Plain<float>>(parts, first, count, op, out);
-    case ncclFloat64: return combine_as<double, Plain<double>>(parts, first, count, op, out);
-    default: return;
+    case ncclInt8:
+      return combine_as<i8, Plain<i8>>(parts, first, count, op, out);
+    case ncclUint8:
+      return combine_as<u8, Plain<u8>>(parts, first, count, op, out);
+    case ncclInt32:
+      return combine_as<i32, Plain<i32>>(parts, first, count, op, out);
+    case ncclUint32:
+      return combine_as<u32, Plain<u32>>(parts, first, count, op, out);
+    case ncclInt64:
+      return combine_as<i64, Plain<i64>>(parts, first, count, op, out);
+    case ncclUint64:
+      return combine_as<u64, Plain<u64>>(parts, first, count, op, out);
+    case ncclFloat16:
+      return combine_as<Half, Halves<Half>>(parts, first, count, op, out);
+    case ncclBfloat16:
+      return combine_as<Bf16, Halves<Bf16>>(parts, first, count, op, out);
+    case ncclFloat32:
+      return combine_as<float, Plain<float>>(parts, first, count, op, out);
+    case ncclFloat64:
+      return combine_as<double, Plain<double>>(parts, first, count, op, out);
+    default:
+      return;
   }
 }
 

@@ -20,22 +20,25 @@ constexpr const char* kUsage =
     "\n"
     "run     runs an unmodified CUDA program on the stand-in for the device. Exit status: the\n"
     "        program's, or 86 if a checker found something.\n"
-    "  --schedule SEED   order of blocks, warps and streams (default 0: streams as late as possible)\n"
+    "  --schedule SEED   order of blocks, warps and streams (default 0: streams as late as "
+    "possible)\n"
     "  --counters FILE   counters of every kernel, as JSON\n"
     "  --devices N       number of devices (1)\n"
     "  --arch N          compute capability, e.g. 90 (80)\n"
     "  --sms N           multiprocessors that the device reports (8)\n"
     "  --threads N       host threads that run blocks (all cores)\n"
-    "bounds  prints, for every kernel, the least time it could take on some GPUs by what was counted:\n"
+    "bounds  prints, for every kernel, the least time it could take on some GPUs by what was "
+    "counted:\n"
     "        a bound, not a prediction.\n";
 
 struct Option {
   const char* flag;
   const char* variable;
 };
-constexpr Option kOptions[] = {{"--schedule", "CUDASIM_SCHEDULE"}, {"--counters", "CUDASIM_COUNTERS"},
-                               {"--devices", "CUDASIM_DEVICES"},   {"--arch", "CUDASIM_ARCH"},
-                               {"--sms", "CUDASIM_SMS"},           {"--threads", "CUDASIM_THREADS"}};
+constexpr Option kOptions[] = {
+    {"--schedule", "CUDASIM_SCHEDULE"}, {"--counters", "CUDASIM_COUNTERS"},
+    {"--devices", "CUDASIM_DEVICES"},   {"--arch", "CUDASIM_ARCH"},
+    {"--sms", "CUDASIM_SMS"},           {"--threads", "CUDASIM_THREADS"}};
 
 int usage(const std::string& what) {
   std::fprintf(stderr, "cudasim: %s\n%s", what.c_str(), kUsage);
@@ -94,7 +97,8 @@ int run(std::vector<std::string> arguments) {
     setenv(variable, arguments[k + 1].c_str(), 1);
   }
   if (k >= arguments.size()) return usage("no program given");
-  const std::string libraries = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "lib";
+  const std::string libraries =
+      std::filesystem::read_symlink("/proc/self/exe").parent_path() / "lib";
   const char* path = std::getenv("LD_LIBRARY_PATH");
   const bool more = path != nullptr && *path != '\0';
   setenv("LD_LIBRARY_PATH", (libraries + (more ? ":" + std::string(path) : "")).c_str(), 1);

@@ -28,7 +28,8 @@ void cudasim_minimum_bytes(const char* kernel, std::uint64_t bytes);
 /// null. Called with the runtime's lock held when run. Returns a cudaError_t.
 int cudasim_enqueue(void* stream, const char* name, void (*run)(void*), int (*ready)(void*),
                     void (*drop)(void*), void* data);
-/// Runs one task of a stream, if it has any: for a collective whose other ranks are in this process.
+/// Runs one task of a stream, if it has any: for a collective whose other ranks are in this
+/// process.
 void cudasim_progress(void* stream, int device);
 /// Checks that [p, p + bytes) is addressable device memory, and initialised if `read`; marks it
 /// initialised if not. Called from a work function; a failure stops the work with a report (it

@@ -32,7 +32,8 @@ TEST(Shuffle, EqualsTheManualsPseudoCode) {
         if (std::string(mode) == "up") j = static_cast<int>(lane - b), p = j >= max_lane;
         if (std::string(mode) == "down") j = static_cast<int>(lane + b), p = j <= max_lane;
         if (std::string(mode) == "bfly") j = static_cast<int>(lane ^ b), p = j <= max_lane;
-        if (std::string(mode) == "idx") j = static_cast<int>(min_lane | (b & ~segmask)), p = j <= max_lane;
+        if (std::string(mode) == "idx")
+          j = static_cast<int>(min_lane | (b & ~segmask)), p = j <= max_lane;
         if (!p) j = static_cast<int>(lane);
         EXPECT_EQ(got[lane].r, 100u + static_cast<u32>(j)) << mode << ' ' << width << ' ' << lane;
         EXPECT_EQ(got[lane].l, p ? 1u : 0u);
@@ -123,8 +124,7 @@ TEST(Masks, HalvesOfAWarpWithTheirOwnMasks) {
 }
 
 TEST(Barriers, DivergedWarp) {
-  const std::string report =
-      fault_of("setp.lt.u32 %p, %ra, 16; @!%p bra OUT; bar.sync 0; OUT:");
+  const std::string report = fault_of("setp.lt.u32 %p, %ra, 16; @!%p bra OUT; bar.sync 0; OUT:");
   EXPECT_TRUE(report.starts_with("barrier-divergence")) << report;
 }
 

@@ -216,7 +216,8 @@ TEST(Float, ApproximationsKeepTheManualsBounds) {
   std::mt19937 random(5);
   std::uniform_real_distribution<float> small(-3.14f, 3.14f), positive(1e-3f, 1e3f), wide(-80, 80);
   std::vector<Lane> s(32), p(32), x(32);
-  for (int k = 0; k < 32; ++k) s[k].a = bits(small(random)), p[k].a = bits(positive(random)), x[k].a = bits(wide(random));
+  for (int k = 0; k < 32; ++k)
+    s[k].a = bits(small(random)), p[k].a = bits(positive(random)), x[k].a = bits(wide(random));
   const auto check = [](const char* body, const std::vector<Lane>& in, auto f, double relative,
                         double absolute) {
     const auto got = run_lanes(body, in);
@@ -225,14 +226,22 @@ TEST(Float, ApproximationsKeepTheManualsBounds) {
       EXPECT_NEAR(single(got[k].r), expected, relative * std::fabs(expected) + absolute) << body;
     }
   };
-  check("sin.approx.f32 %r0, %ra;", s, [](double v) { return std::sin(v); }, 0, 0x1p-20);
-  check("cos.approx.f32 %r0, %ra;", s, [](double v) { return std::cos(v); }, 0, 0x1p-20);
-  check("ex2.approx.f32 %r0, %ra;", x, [](double v) { return std::exp2(v); }, 0x1p-22, 0);
-  check("lg2.approx.f32 %r0, %ra;", p, [](double v) { return std::log2(v); }, 0x1p-22, 0x1p-22);
-  check("rsqrt.approx.f32 %r0, %ra;", p, [](double v) { return 1 / std::sqrt(v); }, 0x1p-22, 0);
-  check("rcp.approx.f32 %r0, %ra;", p, [](double v) { return 1 / v; }, 0x1p-23, 0);
-  check("sqrt.approx.f32 %r0, %ra;", p, [](double v) { return std::sqrt(v); }, 0x1p-22, 0);
-  check("tanh.approx.f32 %r0, %ra;", s, [](double v) { return std::tanh(v); }, 0x1p-10, 0);
+  check(
+      "sin.approx.f32 %r0, %ra;", s, [](double v) { return std::sin(v); }, 0, 0x1p-20);
+  check(
+      "cos.approx.f32 %r0, %ra;", s, [](double v) { return std::cos(v); }, 0, 0x1p-20);
+  check(
+      "ex2.approx.f32 %r0, %ra;", x, [](double v) { return std::exp2(v); }, 0x1p-22, 0);
+  check(
+      "lg2.approx.f32 %r0, %ra;", p, [](double v) { return std::log2(v); }, 0x1p-22, 0x1p-22);
+  check(
+      "rsqrt.approx.f32 %r0, %ra;", p, [](double v) { return 1 / std::sqrt(v); }, 0x1p-22, 0);
+  check(
+      "rcp.approx.f32 %r0, %ra;", p, [](double v) { return 1 / v; }, 0x1p-23, 0);
+  check(
+      "sqrt.approx.f32 %r0, %ra;", p, [](double v) { return std::sqrt(v); }, 0x1p-22, 0);
+  check(
+      "tanh.approx.f32 %r0, %ra;", s, [](double v) { return std::tanh(v); }, 0x1p-10, 0);
 }
 
 }  // namespace

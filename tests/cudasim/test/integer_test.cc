@@ -47,8 +47,7 @@ const Case kCases[] = {
     {"min.s32 %r0, %ra, %rb;", 0xffffffff, 1, 0, 0xffffffff},
     {"min.u32 %r0, %ra, %rb;", 0xffffffff, 1, 0, 1},
     {"max.s16 %h0, %ha, %hb;", 0xffff, 1, 0, 1},
-    {"dp4a.s32.s32 %r0, %ra, %rb, %rc;", 0xff020304, 0x0102ff7f, 100,
-     100 - 1 + 4 - 3 + 4 * 127},
+    {"dp4a.s32.s32 %r0, %ra, %rb, %rc;", 0xff020304, 0x0102ff7f, 100, 100 - 1 + 4 - 3 + 4 * 127},
     {"dp4a.u32.u32 %r0, %ra, %rb, %rc;", 0xff020304, 0x0102ff7f, 100,
      100 + 255 + 4 + 3 * 255 + 4 * 127},
     {"dp4a.u32.s32 %r0, %ra, %rb, %rc;", 0xff000000, 0xff000000, 0, static_cast<u32>(-255)},
@@ -139,8 +138,8 @@ TEST(Integer, BitFieldsEqualTheManualsLoop) {
     std::vector<Lane> lanes(32);
     for (auto& l : lanes) l = {random(), random() % 40, random() % 40};
     for (const bool is_signed : {false, true}) {
-      const auto got =
-          run_lanes(is_signed ? "bfe.s32 %r0, %ra, %rb, %rc;" : "bfe.u32 %r0, %ra, %rb, %rc;", lanes);
+      const auto got = run_lanes(
+          is_signed ? "bfe.s32 %r0, %ra, %rb, %rc;" : "bfe.u32 %r0, %ra, %rb, %rc;", lanes);
       for (std::size_t k = 0; k < lanes.size(); ++k) {
         const u64 a = lanes[k].a, pos = lanes[k].b, len = lanes[k].c;
         const bool sign = is_signed && len != 0 && (a >> std::min<u64>(pos + len - 1, 31) & 1) != 0;

@@ -13,9 +13,9 @@ struct At {
   int row, column;
 };
 struct Shape {
-  const char* ptx;       // types included
-  int k;                 // depth
-  int per_register;      // elements of A and B in 32 bits
+  const char* ptx;   // types included
+  int k;             // depth
+  int per_register;  // elements of A and B in 32 bits
   int a_elements, b_elements;
   At (*a)(int lane, int i);
   At (*b)(int lane, int i);
@@ -92,10 +92,11 @@ std::string mma_kernel(const Shape& s, int na, int nb, int nc) {
 )";
   const int n = na + nb + nc;
   for (int k = 0; k < n; ++k) body += fmt::format("  ld.global.b32 %r{}, [%p0+{}];\n", k, 4 * k);
-  body += fmt::format("  mma.sync.aligned.{} {}, {}, {}, {};\n", s.ptx, registers("%r", 30, nc),
-                      registers("%r", 0, na), registers("%r", na, nb),
-                      registers("%r", na + nb, nc));
-  for (int k = 0; k < nc; ++k) body += fmt::format("  st.global.b32 [%p1+{}], %r{};\n", 4 * k, 30 + k);
+  body +=
+      fmt::format("  mma.sync.aligned.{} {}, {}, {}, {};\n", s.ptx, registers("%r", 30, nc),
+                  registers("%r", 0, na), registers("%r", na, nb), registers("%r", na + nb, nc));
+  for (int k = 0; k < nc; ++k)
+    body += fmt::format("  st.global.b32 [%p1+{}], %r{};\n", 4 * k, 30 + k);
   return body + "  ret;\n}\n";
 }
 
@@ -119,9 +120,12 @@ TEST_P(Mma, EqualsTheProductByTheLayoutTables) {
     return bf16 ? to_bf16(static_cast<float>(v)).bits : to_half(static_cast<float>(v)).bits;
   };
   double a[16][32], b[32][8], c[16][8];
-  for (auto& row : a) for (double& v : row) v = value(a_unsigned);
-  for (auto& row : b) for (double& v : row) v = value(false);
-  for (auto& row : c) for (double& v : row) v = integer ? value(false) : value(false) * 4;
+  for (auto& row : a)
+    for (double& v : row) v = value(a_unsigned);
+  for (auto& row : b)
+    for (double& v : row) v = value(false);
+  for (auto& row : c)
+    for (double& v : row) v = integer ? value(false) : value(false) * 4;
   const int na = s.a_elements / s.per_register, nb = s.b_elements / s.per_register;
   const int nc = half_result ? 2 : 4, bits = 32 / s.per_register;
   std::vector<u32> in(32 * 32);
@@ -133,14 +137,18 @@ TEST_P(Mma, EqualsTheProductByTheLayoutTables) {
     }
     for (int i = 0; i < s.b_elements; ++i) {
       const At at = s.b(lane, i);
-      r[na + i / s.per_register] |= encode(b[at.row][at.column]) << (i % s.per_register * bits) % 32;
+      r[na + i / s.per_register] |= encode(b[at.row][at.column])
+                                    << (i % s.per_register * bits) % 32;
     }
     for (int i = 0; i < 4; ++i) {
       const At at = c_m16n8(lane, i);
       const double v = c[at.row][at.column];
-      if (half_result) r[na + nb + i / 2] |= u32{to_half(static_cast<float>(v)).bits} << i % 2 * 16;
-      else if (integer) r[na + nb + i] = static_cast<u32>(static_cast<int>(v));
-      else r[na + nb + i] = std::bit_cast<u32>(static_cast<float>(v));
+      if (half_result)
+        r[na + nb + i / 2] |= u32{to_half(static_cast<float>(v)).bits} << i % 2 * 16;
+      else if (integer)
+        r[na + nb + i] = static_cast<u32>(static_cast<int>(v));
+      else
+        r[na + nb + i] = std::bit_cast<u32>(static_cast<float>(v));
     }
   }
   PtxDevice device;
@@ -175,8 +183,8 @@ INSTANTIATE_TEST_SUITE_P(Shapes, Mma, testing::ValuesIn(kShapes), [](const auto&
   return name;
 });
 
-// 32 rows of 8 halves in shared memory, element (row, column) = 8 row + column; every lane gives the
-// address of row `lane`.
+// 32 rows of 8 halves in shared memory, element (row, column) = 8 row + column; every lane gives
+// the address of row `lane`.
 std::string ldmatrix_kernel(const std::string& form, int count) {
   std::string s = R"(.version 7.8
 .target sm_80
@@ -209,7 +217,8 @@ FILL:
   s += fmt::format("  ldmatrix.sync.aligned.m8n8.{}.shared.b16 {}, [%r3];\n", form,
                    registers("%r", 8, count));
   s += "  mul.wide.u32 %p1, %r0, 16;\n  add.s64 %p0, %p0, %p1;\n";
-  for (int k = 0; k < count; ++k) s += fmt::format("  st.global.b32 [%p0+{}], %r{};\n", 4 * k, 8 + k);
+  for (int k = 0; k < count; ++k)
+    s += fmt::format("  st.global.b32 [%p0+{}], %r{};\n", 4 * k, 8 + k);
   return s + "  ret;\n}\n";
 }
 
@@ -242,7 +251,8 @@ TEST(Ldmatrix, EqualsTheManualsTable) {
 
 TEST(Movmatrix, Transposes) {
   std::vector<Lane> lanes(32);
-  for (u32 l = 0; l < 32; ++l) lanes[l].a = (l / 4 * 8 + l % 4 * 2) | (l / 4 * 8 + l % 4 * 2 + 1) << 16;
+  for (u32 l = 0; l < 32; ++l)
+    lanes[l].a = (l / 4 * 8 + l % 4 * 2) | (l / 4 * 8 + l % 4 * 2 + 1) << 16;
   const std::string body = "movmatrix.sync.aligned.m8n8.trans.b16 %r0, %ra;";
   const auto got = run_lanes(body, lanes);
   for (u32 l = 0; l < 32; ++l) {

@@ -64,7 +64,8 @@ std::string lane_kernel(const std::string& body) {
   mov.b16 %h0, 0;
   mov.b32 %r0, 0;
   mov.b64 %l0, 0;
-)" + body + R"(
+)" + body +
+         R"(
   st.global.u16 [%out], %h0;
   st.global.u32 [%out+8], %r0;
   st.global.u64 [%out+16], %l0;
@@ -84,8 +85,8 @@ std::vector<Result> run_lanes(const std::string& body, std::vector<Lane> lanes) 
   const auto words = device.download<u64>(out, 96);
   std::vector<Result> results;
   for (std::size_t k = 0; k < n; ++k) {
-    results.push_back({static_cast<u16>(words[3 * k]), static_cast<u32>(words[3 * k + 1]),
-                       words[3 * k + 2]});
+    results.push_back(
+        {static_cast<u16>(words[3 * k]), static_cast<u32>(words[3 * k + 1]), words[3 * k + 2]});
   }
   return results;
 }
@@ -93,8 +94,7 @@ std::vector<Result> run_lanes(const std::string& body, std::vector<Lane> lanes) 
 bool assembles(const std::string& ptx, const std::string& arch) {
   const std::string file = fmt::format("/tmp/cudasim_{}.ptx", getpid());
   std::ofstream(file) << ptx;
-  const std::string command =
-      fmt::format("{} -arch={} -o /dev/null {}", CUDASIM_PTXAS, arch, file);
+  const std::string command = fmt::format("{} -arch={} -o /dev/null {}", CUDASIM_PTXAS, arch, file);
   const int status = std::system(command.c_str());
   std::remove(file.c_str());
   return status == 0;

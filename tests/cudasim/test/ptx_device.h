@@ -42,8 +42,8 @@ class PtxDevice {
   u32 next_tag_ = 1;
 };
 
-/// One lane's inputs and outputs. %ha, %ra, %la (16, 32, 64 bits) hold a, and so on for b and c; the
-/// result is what the instruction leaves in %h0, %r0 or %l0.
+/// One lane's inputs and outputs. %ha, %ra, %la (16, 32, 64 bits) hold a, and so on for b and c;
+/// the result is what the instruction leaves in %h0, %r0 or %l0.
 struct Lane {
   u64 a = 0, b = 0, c = 0;
 };
