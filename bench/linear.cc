@@ -15,7 +15,8 @@
 #include "tools/machine_limits.h"
 
 // Bytes per second are packed bytes of W; 64 MiB of it, more than the caches hold, as in decoding.
-// of_limit is their share of the read bandwidth that as many threads measured just before.
+// of_limit is their share of the read bandwidth that as many threads measured just before and
+// after.
 
 namespace moesaic {
 namespace {

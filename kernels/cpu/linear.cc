@@ -165,11 +165,15 @@ void to_bf16_bits(const float* src, std::size_t n, std::uint16_t* dst) {
   HWY_DYNAMIC_DISPATCH(bf16_bits_span)(src, n, dst);
 }
 
-void linear(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, Traffic traffic,
-            bool accumulate) {
+void check_linear_shapes(const WeightView& w, ConstMatrix x, Matrix y) {
   require<ShapeError>(x.cols == w.cols && y.rows == x.rows && y.cols == w.rows,
                       "linear: X [{}, {}] by W [{}, {}] into Y [{}, {}], expected Y [{}, {}]",
                       x.rows, x.cols, w.rows, w.cols, y.rows, y.cols, x.rows, w.rows);
+}
+
+void linear(Context& ctx, const WeightView& w, ConstMatrix x, Matrix y, Traffic traffic,
+            bool accumulate) {
+  check_linear_shapes(w, x, y);
   const DTypeTraits& t = traits(w.dtype);
   require<ShapeError>(w.cols % t.block_elems == 0,
                       "linear: {} rows of {} elements, expected a multiple of {}", t.name, w.cols,

@@ -2,6 +2,7 @@
 #include <array>
 
 #include "kernels/base/error.h"
+#include "kernels/cpu/matvec.h"
 #include "kernels/cpu/panel_product.h"
 #include "kernels/cpu/target.h"
 #include "kernels/linear.h"
@@ -30,10 +31,7 @@ void check_shapes(const LinearInput& input, const LinearOutput& output) {
   require<ShapeError>(norm_length == 0 || norm_length == x.cols,
                       "linear: norm of {} weights for X [{}, {}], expected {}", norm_length, x.rows,
                       x.cols, x.cols);
-  const WeightView& w = output.w;
-  require<ShapeError>(x.cols == w.cols && output.y.rows == x.rows && output.y.cols == w.rows,
-                      "linear: X [{}, {}] by W [{}, {}] into Y [{}, {}], expected Y [{}, {}]",
-                      x.rows, x.cols, w.rows, w.cols, output.y.rows, output.y.cols, x.rows, w.rows);
+  check_linear_shapes(output.w, x, output.y);
 }
 
 /// The tiles of X in the forms that the products want, made inside a run of the pool.
@@ -223,7 +221,6 @@ void gated_linear(Context& ctx, const LinearInput& input, Activation phi, const 
 
 void read_ahead(Context& ctx, const Upcoming& upcoming) {
   const int n_threads = ctx.pool.n_threads();
-
   if (ctx.activations != Activations::Q16 || n_threads == 1) return;
   std::int64_t total = 0;
   for (const WeightView& w : upcoming.weights) {

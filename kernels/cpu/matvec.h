@@ -10,4 +10,7 @@ namespace moesaic::kernels {
 /// in linear(), unchecked; no rounding of X, no tally.
 void matvec_rows(const WeightView& w, Range rows, ConstMatrix x, Matrix y, bool accumulate = false);
 
+/// Throws ShapeError unless Y (+)= X Wᵀ fits: what linear() and linear_group() begin with.
+void check_linear_shapes(const WeightView& w, ConstMatrix x, Matrix y);
+
 }  // namespace moesaic::kernels
