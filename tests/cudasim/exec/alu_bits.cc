@@ -1,26 +1,9 @@
 #include "tests/cudasim/exec/lanewise.h"
+#include "tests/cudasim/exec/operators.h"
 
 namespace cudasim {
 namespace {
 
-struct And {
-  template <class T>
-  static T run(T a, T b) {
-    return a & b;
-  }
-};
-struct Or {
-  template <class T>
-  static T run(T a, T b) {
-    return a | b;
-  }
-};
-struct Xor {
-  template <class T>
-  static T run(T a, T b) {
-    return a ^ b;
-  }
-};
 struct Not {
   template <class T>
   static T run(T a) {

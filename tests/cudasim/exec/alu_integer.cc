@@ -1,4 +1,5 @@
 #include "tests/cudasim/exec/lanewise.h"
+#include "tests/cudasim/exec/operators.h"
 
 namespace cudasim {
 namespace {
@@ -109,18 +110,6 @@ struct Remainder {
       if (b == -1) return 0;
     }
     return static_cast<T>(a % b);
-  }
-};
-struct Least {
-  template <class T>
-  static T run(T a, T b) {
-    return a < b ? a : b;
-  }
-};
-struct Greatest {
-  template <class T>
-  static T run(T a, T b) {
-    return a > b ? a : b;
   }
 };
 struct Absolute {

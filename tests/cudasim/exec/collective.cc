@@ -1,5 +1,6 @@
 #include "tests/cudasim/exec/collective.h"
 
+#include "tests/cudasim/exec/operators.h"
 #include "tests/cudasim/exec/race.h"
 
 namespace cudasim {
@@ -137,36 +138,6 @@ struct Sum {
   template <class T>
   static T run(T a, T b) {
     return a + b;
-  }
-};
-struct Least {
-  template <class T>
-  static T run(T a, T b) {
-    return a < b ? a : b;
-  }
-};
-struct Greatest {
-  template <class T>
-  static T run(T a, T b) {
-    return a > b ? a : b;
-  }
-};
-struct And {
-  template <class T>
-  static T run(T a, T b) {
-    return a & b;
-  }
-};
-struct Or {
-  template <class T>
-  static T run(T a, T b) {
-    return a | b;
-  }
-};
-struct Xor {
-  template <class T>
-  static T run(T a, T b) {
-    return a ^ b;
   }
 };
 
