@@ -7,6 +7,7 @@
 #include "kernels/base/error.h"
 #include "models/architecture.h"
 #include "models/secret_moe_file.h"
+#include "models/self_routed_file.h"
 #include "models/transformer.h"
 
 namespace moesaic::models {
@@ -100,9 +101,14 @@ LayerWeights read_layer(const GgufFile& file, const ModelConfig& config,
   if (auto moe = read_secret_moe(file, config, layer)) {
     weights.mlp = *moe;
   } else {
-    weights.mlp = DenseMlp{config.phi, matrix(names.w_gate, config.d_ff, config.d_model),
-                           matrix(names.w_up, config.d_ff, config.d_model),
-                           matrix(names.w_down, config.d_model, config.d_ff)};
+    const DenseMlp dense{config.phi, matrix(names.w_gate, config.d_ff, config.d_model),
+                         matrix(names.w_up, config.d_ff, config.d_model),
+                         matrix(names.w_down, config.d_model, config.d_ff)};
+    if (const auto routed = read_self_routed(file, config, layer, dense)) {
+      weights.mlp = *routed;
+    } else {
+      weights.mlp = dense;
+    }
   }
   return weights;
 }

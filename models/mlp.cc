@@ -1,5 +1,7 @@
 #include "models/mlp.h"
 
+#include <cmath>
+
 namespace moesaic::models {
 namespace {
 
@@ -26,22 +28,39 @@ std::int64_t weights(const kernels::SecretMoeView& moe) {
          3 * d_model * (moe.n_shared() + moe.n_active);
 }
 
+std::int64_t weights(const kernels::SelfRoutedView& layer) {
+  const auto part = [](std::int64_t n, float share) {
+    return std::llround(static_cast<double>(n) * static_cast<double>(share));
+  };
+  return kernels::multiply_adds(layer, part(layer.d_model(), layer.input_share),
+                                part(layer.d_ff(), layer.gate_share),
+                                part(layer.d_ff(), layer.hidden_share));
+}
+
 }  // namespace
 
-void mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInput& input, Matrix y,
-                 std::span<std::int32_t> selected, const kernels::Upcoming& next) {
+std::int64_t mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInput& input, Matrix y,
+                         std::span<std::int32_t> selected, const kernels::Upcoming& next) {
+  if (const auto* routed = std::get_if<kernels::SelfRoutedView>(&mlp)) {
+    return kernels::self_routed(ctx, *routed, input, y, next);
+  }
   if (const auto* dense = std::get_if<DenseMlp>(&mlp)) {
-    return dense_forward(ctx, *dense, input, y, next);
+    dense_forward(ctx, *dense, input, y, next);
+    return y.rows * multiply_adds(mlp);
   }
   kernels::read_ahead(ctx, next);
   const Workspace::Scope scope(ctx.workspace);
   kernels::secret_moe(ctx, std::get<kernels::SecretMoeView>(mlp), kernels::normed(ctx, input), y,
                       kernels::MoePath::Auto, selected);
+  return y.rows * multiply_adds(mlp);
 }
 
 kernels::Upcoming first_weights(const Mlp& mlp) {
   if (const auto* dense = std::get_if<DenseMlp>(&mlp)) {
     return {.weights = {dense->w_gate, dense->w_up}, .gated = true};
+  }
+  if (const auto* routed = std::get_if<kernels::SelfRoutedView>(&mlp)) {
+    return {.weights = {routed->w_gate}};
   }
   return {.weights = {std::get<kernels::SecretMoeView>(mlp).router_v}};
 }

@@ -8,6 +8,7 @@
 #include "kernels/base/context.h"
 #include "kernels/linear.h"
 #include "kernels/secret_moe.h"
+#include "kernels/self_routed.h"
 
 namespace moesaic::models {
 
@@ -19,20 +20,22 @@ struct DenseMlp {
   WeightView w_down;  // [d_model, d_ff]
 };
 
-/// The MLP of one layer, in either form. Weights are borrowed.
-using Mlp = std::variant<DenseMlp, kernels::SecretMoeView>;
+/// The MLP of one layer, in one of its forms. Weights are borrowed.
+using Mlp = std::variant<DenseMlp, kernels::SecretMoeView, kernels::SelfRoutedView>;
 
 /// y = mlp(f(x)), f being the input's norm where it has one.   x, y [n_tokens, d_model], distinct
-/// memory. `selected`: as in kernels::secret_moe; left alone by a dense MLP. `next`: what the
-/// product after the layer reads (kernels::read_ahead).
-void mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInput& input, Matrix y,
-                 std::span<std::int32_t> selected = {}, const kernels::Upcoming& next = {});
+/// memory. `selected`: as in kernels::secret_moe; left alone by the other forms. `next`: what the
+/// product after the layer reads (kernels::read_ahead). Returns the multiply-adds of all tokens, by
+/// the layer's description and whichever path ran.
+std::int64_t mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInput& input, Matrix y,
+                         std::span<std::int32_t> selected = {}, const kernels::Upcoming& next = {});
 
 /// What the first product of the layer reads.
 kernels::Upcoming first_weights(const Mlp& mlp);
 
 /// Multiply-adds per token of the layer: 3 · d_model · d_ff for the dense form; router, bypass,
-/// shared and selected neurons for the other.
+/// shared and selected neurons for a secret MoE; the mean over the calibration text for a
+/// self-routed layer.
 std::int64_t multiply_adds(const Mlp& mlp);
 
 }  // namespace moesaic::models

@@ -18,6 +18,10 @@ void pack_all(Checkpoint& checkpoint, ThreadPool& pool, kernels::Pieces& pieces)
       for (WeightView* w : {&dense->w_gate, &dense->w_up, &dense->w_down}) {
         kernels::pack_matrix(*w, pool, pieces);
       }
+    } else if (auto* routed = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
+      for (WeightView* w : {&routed->w_gate, &routed->w_up, &routed->w_down}) {
+        kernels::pack_matrix(*w, pool, pieces);
+      }
     } else {
       kernels::pack_secret_moe(std::get<kernels::SecretMoeView>(layer.mlp), pool, pieces);
     }

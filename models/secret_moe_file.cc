@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/base/error.h"
+#include "models/self_routed_file.h"
 
 namespace moesaic::models {
 namespace {
@@ -98,19 +99,25 @@ bool is_hybrid(const GgufFile& file) {
   return std::any_of(kinds.begin(), kinds.end(), [](const auto& k) { return k != kKindDense; });
 }
 
-std::optional<kernels::SecretMoeView> read_secret_moe(const GgufFile& file,
-                                                      const ModelConfig& config, int layer) {
-  if (file.find(kKeyLayerKind) == nullptr) return std::nullopt;
+std::string layer_kind(const GgufFile& file, const ModelConfig& config, int layer) {
+  if (file.find(kKeyLayerKind) == nullptr) return std::string(kKindDense);
   const std::string path = file.path().string();
   const std::int64_t version = file.get_int(kKeyFormatVersion);
   require<FormatError>(version == kSecretMoeFormatVersion, "{}: {} is {}, expected {}", path,
                        kKeyFormatVersion, version, kSecretMoeFormatVersion);
   const std::vector<std::string> kinds = file.get_strings(kKeyLayerKind);
   const std::string& kind = layer_entry(file, kKeyLayerKind, kinds, config, layer);
-  if (kind == kKindDense) return std::nullopt;
-  require<FormatError>(kind == kKindGluLowRank, "{}: layer {} is of kind \"{}\", expected {} or {}",
-                       path, layer, kind, kKindDense, kKindGluLowRank);
+  constexpr std::array kKnown = {kKindDense, kKindGluLowRank, kKindGluGate, kKindGluInput};
+  require<FormatError>(std::find(kKnown.begin(), kKnown.end(), kind) != kKnown.end(),
+                       "{}: layer {} is of kind \"{}\", expected one of {}", path, layer, kind,
+                       fmt::join(kKnown, ", "));
+  return kind;
+}
 
+std::optional<kernels::SecretMoeView> read_secret_moe(const GgufFile& file,
+                                                      const ModelConfig& config, int layer) {
+  if (layer_kind(file, config, layer) != kKindGluLowRank) return std::nullopt;
+  const std::string path = file.path().string();
   const LayerReader in(file, layer);
   const std::int64_t d_model = config.d_model;
   const std::int64_t n_experts = in.leading_dim(kExperts, 3);

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <string_view>
 
 #include "kernels/base/aligned_buffer.h"
@@ -45,11 +46,15 @@ inline constexpr std::string_view kKeyActiveFraction = "moesaic.active_fraction"
 inline constexpr std::string_view kKindDense = "dense";
 inline constexpr std::string_view kKindGluLowRank = "glu+low_rank";
 
-/// True if the file holds at least one secret-MoE layer.
+/// True if the file holds at least one converted layer.
 bool is_hybrid(const GgufFile& file);
 
-/// The layer's view into the file, or nothing if layer N is dense. Throws FormatError for an
-/// unknown version or kind (lists the known ones), a missing tensor or a shape that does not fit.
+/// What layer N is: kKindDense, kKindGluLowRank or a kind of self_routed_file.h; dense in a file
+/// without our metadata. Throws FormatError for an unknown version or kind (lists the known ones).
+std::string layer_kind(const GgufFile& file, const ModelConfig& config, int layer);
+
+/// The layer's view into the file, or nothing if layer N is of another kind. Throws FormatError for
+/// a missing tensor or a shape that does not fit.
 std::optional<kernels::SecretMoeView> read_secret_moe(const GgufFile& file,
                                                       const ModelConfig& config, int layer);
 

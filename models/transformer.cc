@@ -194,7 +194,8 @@ void Transformer::mlp_block(int layer, Matrix r) {
     selected = ctx_.workspace.take<std::int32_t>(static_cast<std::size_t>(r.rows * moe->n_active));
   }
   const Matrix y = take(ctx_.workspace, r.rows, r.cols);
-  mlp_forward(ctx_, w.mlp, input, y, selected, first_weights(layer + 1));
+  const std::int64_t work = mlp_forward(ctx_, w.mlp, input, y, selected, first_weights(layer + 1));
+  ctx_.tally.add_mlp_work(work, 3 * r.rows * r.cols * config().d_ff);
   if (observer_ && moe != nullptr) observer_(layer, r.rows, selected);
   add_mlp_output(layer, y, r);
 }

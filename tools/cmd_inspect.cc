@@ -7,6 +7,8 @@
 
 #include "engine/kv_cache.h"
 #include "models/mlp.h"
+#include "models/secret_moe_file.h"
+#include "models/self_routed_file.h"
 #include "tools/commands.h"
 #include "tools/options.h"
 #include "tools/output.h"
@@ -59,8 +61,14 @@ Json layer_json(const models::Checkpoint& checkpoint, std::size_t layer) {
   const double dense = 3.0 * static_cast<double>(checkpoint.config.d_model) *
                        static_cast<double>(checkpoint.config.d_ff);
   Json out = {{"layer", layer}};
-  if (const auto* moe = std::get_if<kernels::SecretMoeView>(&mlp)) {
-    out["kind"] = "glu+low_rank";
+  if (const auto* routed = std::get_if<kernels::SelfRoutedView>(&mlp)) {
+    out["kind"] = routed->up_by_input ? models::kKindGluInput : models::kKindGluGate;
+    out["input_share"] = routed->input_share;
+    if (!routed->up_by_input) out["gate_share"] = routed->gate_share;
+    out["hidden_share"] = routed->hidden_share;
+    out["dtype"] = traits(routed->w_up.dtype).name;
+  } else if (const auto* moe = std::get_if<kernels::SecretMoeView>(&mlp)) {
+    out["kind"] = models::kKindGluLowRank;
     out["n_shared"] = moe->n_shared();
     out["n_experts"] = moe->n_experts();
     out["n_active"] = moe->n_active;
@@ -70,7 +78,7 @@ Json layer_json(const models::Checkpoint& checkpoint, std::size_t layer) {
     out["router_dtype"] = traits(moe->router_v.dtype).name;
   } else {
     const auto& weights = std::get<models::DenseMlp>(mlp);
-    out["kind"] = "dense";
+    out["kind"] = models::kKindDense;
     out["dtype"] = traits(weights.w_up.dtype).name;
   }
   out["active_fraction"] = static_cast<double>(models::multiply_adds(mlp)) / dense;
