@@ -11,6 +11,7 @@
 #include "kernels/quant.h"
 #include "models/gguf_writer.h"
 #include "models/secret_moe_file.h"
+#include "models/self_routed_file.h"
 
 namespace moesaic::converter {
 namespace {
@@ -57,17 +58,27 @@ void check_layers(const models::GgufFile& dense, std::span<const SavedLayer> lay
   }
 }
 
+bool is_self_routed(const LayerReport& layer) {
+  return layer.kind == models::kKindGluGate || layer.kind == models::kKindGluInput;
+}
+
 /// One value per layer as an array.
 template <class T, class Get>
-std::vector<T> per_layer(std::span<const SavedLayer> layers, Get get) {
+std::vector<T> per_layer(std::span<const LayerReport> layers, Get get) {
   std::vector<T> values;
-  for (const SavedLayer& layer : layers) values.push_back(static_cast<T>(get(layer.report)));
+  for (const LayerReport& layer : layers) values.push_back(static_cast<T>(get(layer)));
   return values;
 }
 
-void set_metadata(models::GgufWriter& writer, const models::GgufFile& dense,
-                  std::span<const SavedLayer> layers, const ConvertOptions& options,
-                  const ConvertReport& report) {
+void add_tensor(models::GgufWriter& writer, const models::GgufTensor& t) {
+  writer.add_tensor(t.name, t.dtype, t.dims, {t.data, static_cast<std::size_t>(t.bytes)});
+}
+
+}  // namespace
+
+void set_hybrid_metadata(models::GgufWriter& writer, const models::GgufFile& dense,
+                         std::span<const LayerReport> layers, const ConvertOptions& options,
+                         const ConvertReport& report) {
   for (const auto& [key, value] : dense.metadata()) writer.set(key, value);
   const std::string source = dense.path().filename().string();
   writer.set("general.name",
@@ -91,6 +102,11 @@ void set_metadata(models::GgufWriter& writer, const models::GgufFile& dense,
   counts("moesaic.layer.n_experts", [](const LayerReport& r) { return r.n_experts; });
   counts("moesaic.layer.router_rank", [](const LayerReport& r) { return r.router_rank; });
   counts("moesaic.layer.bypass_rank", [](const LayerReport& r) { return r.bypass_rank; });
+  if (std::any_of(layers.begin(), layers.end(), is_self_routed)) {
+    figures(models::kKeyInputShare, [](const LayerReport& r) { return r.shares.input; });
+    figures(models::kKeyGateShare, [](const LayerReport& r) { return r.shares.gate; });
+    figures(models::kKeyHiddenShare, [](const LayerReport& r) { return r.shares.hidden; });
+  }
   figures("moesaic.layer.active_fraction", [](const LayerReport& r) { return r.active_fraction; });
   figures("moesaic.layer.sensitivity", [](const LayerReport& r) { return r.sensitivity; });
   figures("moesaic.layer.error_closed_form",
@@ -106,18 +122,14 @@ void set_metadata(models::GgufWriter& writer, const models::GgufFile& dense,
   set("moesaic.seed", GgufValue::u64(options.seed));
 }
 
-void add_tensor(models::GgufWriter& writer, const models::GgufTensor& t) {
-  writer.add_tensor(t.name, t.dtype, t.dims, {t.data, static_cast<std::size_t>(t.bytes)});
-}
-
-}  // namespace
-
 void assemble(const models::GgufFile& dense, std::span<const SavedLayer> layers,
               const ConvertOptions& options, const ConvertReport& report,
               const std::filesystem::path& output) {
   check_layers(dense, layers);
   models::GgufWriter writer;
-  set_metadata(writer, dense, layers, options, report);
+  std::vector<LayerReport> reports;
+  for (const SavedLayer& layer : layers) reports.push_back(layer.report);
+  set_hybrid_metadata(writer, dense, reports, options, report);
   std::vector<bool> written(layers.size(), false);
   for (const models::GgufTensor& tensor : dense.tensors()) {
     const SavedLayer* layer = replaced_by(tensor.name, layers);

@@ -9,6 +9,7 @@
 #include "converter/convert.h"
 #include "converter/state.h"
 #include "models/gguf.h"
+#include "models/gguf_writer.h"
 
 namespace moesaic::converter {
 
@@ -29,6 +30,12 @@ namespace moesaic::converter {
 void assemble(const models::GgufFile& dense, std::span<const SavedLayer> layers,
               const ConvertOptions& options, const ConvertReport& report,
               const std::filesystem::path& output);
+
+/// The metadata of a hybrid: the dense file's, and what assemble() adds; for self-routed layers
+/// their shares (models/self_routed_file.h).
+void set_hybrid_metadata(models::GgufWriter& writer, const models::GgufFile& dense,
+                         std::span<const LayerReport> layers, const ConvertOptions& options,
+                         const ConvertReport& report);
 
 /// Bytes that assemble() will write at most, before the layers exist: the dense file's size, plus
 /// what its MLPs grow by where their format cannot be written, plus routers and bypass of a rank up

@@ -4,24 +4,18 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <functional>
 #include <nlohmann/json.hpp>
 
-#include "converter/allot.h"
 #include "converter/assemble.h"
+#include "converter/convert_low_rank.h"
+#include "converter/convert_self_routed.h"
 #include "converter/data.h"
 #include "converter/digest.h"
-#include "converter/distill.h"
-#include "converter/fit.h"
-#include "converter/linalg.h"
-#include "converter/recipe.h"
+#include "converter/job.h"
 #include "converter/recovery/recover_file.h"
 #include "converter/report.h"
-#include "converter/sensitivity.h"
 #include "converter/state.h"
-#include "converter/stream.h"
-#include "kernels/quant.h"
 #include "models/gguf_writer.h"
 #include "models/tokenizer.h"
 #include "models/transformer.h"
@@ -30,69 +24,11 @@ namespace moesaic::converter {
 namespace {
 
 constexpr std::int64_t kContext = 512;  // window length of calibration
-constexpr std::int64_t kTile = 2048;    // rows per pass of a converted layer
 
 std::int64_t peak_memory_bytes() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
   return static_cast<std::int64_t>(usage.ru_maxrss) * 1024;
-}
-
-// The options as given, completed by what the checkpoint implies.
-struct Job {
-  const ConvertOptions& options;
-  const Recipe& recipe;
-  std::int64_t n_tokens;
-  PlanShape shape;
-  RecoverOptions recover;  // tokens 0: none
-};
-
-// The format of a layer's expert rows: what was asked for, else the dense layer's own where it can
-// be written and d_model is a whole number of its blocks, else Q8_0, else BF16.
-DType expert_dtype(const ConvertOptions& options, const models::DenseMlp& mlp) {
-  const std::int64_t d = mlp.w_gate.cols;
-  const auto fits = [&](DType t) {
-    return kernels::can_quantize(t) && d % traits(t).block_elems == 0;
-  };
-  if (options.expert_dtype) {
-    require<InputError>(fits(*options.expert_dtype),
-                        "--expert-type: {} cannot hold rows of {} weights",
-                        traits(*options.expert_dtype).name, d);
-    return *options.expert_dtype;
-  }
-  if (fits(mlp.w_gate.dtype)) return mlp.w_gate.dtype;
-  return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
-}
-
-// The same for router and bypass, whose rows are d_model or a rank long.
-DType router_dtype(const ConvertOptions& options, const PlanShape& s) {
-  const auto fits = [&](DType t) {
-    const std::int64_t b = traits(t).block_elems;
-    return kernels::can_quantize(t) && s.d_model % b == 0 && s.router_rank % b == 0 &&
-           s.bypass_rank % b == 0;
-  };
-  if (options.router_dtype) {
-    require<InputError>(
-        fits(*options.router_dtype),
-        "--router-type: {} cannot hold rows of {}, {} (router rank) and {} (bypass rank) weights",
-        traits(*options.router_dtype).name, s.d_model, s.router_rank, s.bypass_rank);
-    return *options.router_dtype;
-  }
-  return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
-}
-
-PlanShape plan_shape(const models::ModelConfig& config, const Recipe& recipe) {
-  PlanShape s;
-  s.d_model = config.d_model;
-  s.d_ff = config.d_ff;
-  // Narrow layers (tests, toy models) get ranks that still leave something to save.
-  const std::int64_t rank_limit = std::max<std::int64_t>(8, config.d_model / 8);
-  s.router_rank = std::min(recipe.router_rank, rank_limit);
-  s.bypass_rank = std::min(recipe.bypass_rank, rank_limit);
-  const auto n =
-      static_cast<std::int64_t>(recipe.shared_fraction * static_cast<double>(config.d_ff));
-  s.n_shared = n < 32 ? n : (n + 16) / 32 * 32;
-  return s;
 }
 
 // Name and numbers: layers of a program with other numbers are not taken over.
@@ -122,6 +58,9 @@ nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::str
   j["data"] = o.data == "self" ? "self" : data_digest;
   j["recipe"] = to_json(job.recipe);
   j["active"] = o.active;
+  j["budget"] = o.budget == Budget::Planned ? "planned" : "uniform";
+  if (!o.plan.empty()) j["plan"] = sha256_file(o.plan);
+  if (!o.curves.empty()) j["curves"] = sha256_file(o.curves);
   j["tokens"] = job.n_tokens;
   j["seed"] = o.seed;
   j["threads"] = n_threads;
@@ -133,252 +72,20 @@ nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::str
   return j;
 }
 
-std::string plan_to_json(std::span<const LayerPlan> plans, std::span<const double> sensitivity) {
-  nlohmann::ordered_json j = nlohmann::ordered_json::array();
-  for (std::size_t l = 0; l < plans.size(); ++l) {
-    const LayerPlan& p = plans[l];
-    j.push_back({{"layer", l},
-                 {"dense", p.dense},
-                 {"n_shared", p.n_shared},
-                 {"n_active", p.n_active},
-                 {"router_rank", p.router_rank},
-                 {"bypass_rank", p.bypass_rank},
-                 {"sensitivity", sensitivity[l]}});
-  }
-  return j.dump(1);
-}
+constexpr double kSampleCost = 57;   // per token that the model draws
+constexpr double kRecoverCost = 90;  // per token that recovery trains on
 
-// Throws FormatError naming `file` if the text is not a plan of this many layers.
-void plan_from_json(const std::string& text, const std::string& file, int n_layers,
-                    std::vector<LayerPlan>& plans, std::vector<double>& sensitivity) {
-  try {
-    for (const auto& p : nlohmann::json::parse(text)) {
-      plans.push_back({p.at("dense"), p.at("n_shared"), p.at("n_active"), p.at("router_rank"),
-                       p.at("bypass_rank")});
-      sensitivity.push_back(p.at("sensitivity"));
-    }
-  } catch (const nlohmann::json::exception& e) {
-    throw FormatError(fmt::format("{}: is no plan: {}", file, e.what()));
-  }
-  require<FormatError>(plans.size() == static_cast<std::size_t>(n_layers),
-                       "{}: plans {} layers, expected {}", file, plans.size(), n_layers);
-}
-
-// Tells the monitor which share of the whole conversion each stage is, for its ETA.
-class Schedule {
- public:
-  Schedule(engine::Monitor& monitor, double total) : monitor_(monitor), total_(total) {}
-
-  // Work that turned out not to be needed.
-  void drop(double cost) { total_ -= cost; }
-
-  // The stage that begins next costs this much.
-  void next(double cost) {
-    monitor_.job(done_ / total_, (done_ + cost) / total_);
-    done_ += cost;
-  }
-
- private:
-  engine::Monitor& monitor_;
-  double total_;
-  double done_ = 0;
-};
-
-// Costs per token and layer, in a unit of their own: about 34 µs on SmolLM2-135M, two Zen 4 cores.
-struct LayerCosts {
-  double calibrate = 1;    // attention, the dense MLP
-  double closed_form = 2;  // router, outputs, judging
-  double distill = 0;      // all passes
-  double refit = 1.5;      // rounding and outputs again
-  double finish = 0.7;     // the hybrid's stream moves on
-
-  explicit LayerCosts(const Recipe& recipe) : distill(3 * recipe.distill.passes) {
-    if (recipe.distill.passes == 0) refit = 0;
-  }
-  double all() const { return calibrate + closed_form + distill + refit + finish; }
-  double pass() const { return calibrate + finish; }  // converted before, or dense
-};
-constexpr double kSensitivityCost = 8;  // per token of its sample and layer
-constexpr double kSampleCost = 57;      // per token that the model draws
-constexpr double kRecoverCost = 90;     // per token that recovery trains on
-
-// The two residual streams of a conversion: of the dense model, and of the hybrid as far as it
-// exists.
-class Conversion {
- public:
-  Conversion(const Job& job, models::Transformer& model, const Calibration& calibration)
-      : job_(job),
-        model_(model),
-        ctx_(model.context()),
-        dense_(model, calibration.tokens, calibration.n_ctx),
-        hybrid_(model, calibration.tokens, calibration.n_ctx),
-        n_(dense_.n_tokens()),
-        d_(model.config().d_model),
-        n_fit_(n_ - std::max<std::int64_t>(1, calibration.n_windows() / 16) * calibration.n_ctx),
-        x_(static_cast<std::size_t>(n_ * d_)),
-        y_(x_.size()) {}
-
-  // A layer that was converted before, or stays dense: both streams move on.
-  void pass(int layer, const SavedLayer& saved) {
-    dense_.attention(layer);
-    dense_.mlp(layer, dense_mlp(layer));
-    hybrid_.attention(layer);
-    if (!saved.view) {
-      hybrid_.mlp(layer, dense_mlp(layer));
-    } else {
-      hybrid_.mlp_input(layer, x());
-      run_converted(layer, *saved.view, nullptr);
-    }
-  }
-
-  // Fits, distills and packs the layer; the hybrid's stream stands before its MLP afterwards
-  // (finish() moves it on), the dense one behind it.
-  models::PackedSecretMoe fit(int layer, const LayerPlan& plan, LayerReport& report,
-                              Schedule& schedule, engine::Monitor& monitor) {
-    const Recipe& recipe = job_.recipe;
-    const LayerCosts costs(recipe);
-    const auto n_tokens = static_cast<double>(n_);
-    const auto& mlp = std::get<models::DenseMlp>(dense_mlp(layer));
-    const DType experts = expert_dtype(job_.options, mlp);
-    const DType router = router_dtype(job_.options, job_.shape);
-    const std::string name = fmt::format("layer {}", layer);
-    const auto stage = [&](const char* what, std::int64_t units, double cost) {
-      monitor.check();
-      schedule.next(n_tokens * cost);
-      monitor.stage(fmt::format("{}: {}", name, what), units);
-    };
-
-    stage("calibrate", 1, costs.calibrate);
-    dense_.attention(layer);
-    hybrid_.attention(layer);
-    hybrid_.mlp_input(layer, x());
-    forward_rows(ctx_, mlp, x(), y());
-    const std::vector<float> weight = token_weights(model_, layer, hybrid_.r(), y());
-    // What the hybrid must still gain to stand where the dense model stands, before this layer's
-    // MLP adds to both. A norm behind the MLP hides magnitudes, so there the layer answers for its
-    // own output alone.
-    if (recipe.correction > 0 && !model_.config().post_norms) {
-      add_drift(static_cast<float>(recipe.correction));
-    }
-    dense_.mlp(layer, mlp);
-    const LayerSample sample{x(), y(), weight, n_fit_};
-    const LayerSample held_out = sample.held_out();
-
-    stage("closed form", 1, costs.closed_form);
-    const Neurons teacher = unpack(
-        mlp,
-        fmt::format("{}: blk.{}", model_.checkpoint().file->path().filename().string(), layer));
-    Student student = start_from_neurons(ctx_, teacher, sample, plan, recipe.router_ridge);
-    // From here on the selection is the runtime's: it will have the router in its file format.
-    const DMatrix metric = input_factor(ctx_, sample);
-    round_inputs_to(ctx_, student, metric, experts, router);
-    fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge, experts);
-    AlignedBuffer<float> y_hat(static_cast<std::size_t>(held_out.x.rows * d_));
-    const Matrix mh(y_hat.data(), held_out.x.rows, d_);
-    const auto held_out_error = [&](const models::PackedSecretMoe& packed) {
-      forward_rows(ctx_, packed.view(), held_out.x, mh);
-      return relative_error(held_out, mh);
-    };
-    models::PackedSecretMoe packed = pack(student, experts, router);
-    report.error_closed_form = report.error_distilled = held_out_error(packed);
-
-    DistillOptions options = recipe.distill;
-    options.seed = job_.options.seed * 1000003 + static_cast<std::uint64_t>(layer);
-    const std::int64_t steps = distill_steps(options, n_fit_);
-    if (steps == 0) return packed;
-    stage("distill", steps, costs.distill);
-    distill(ctx_, student, sample, options, monitor);
-    // Round what the features depend on, then fit once more what comes after them: the rounding is
-    // so made up for.
-    stage("fit the outputs again", 1, costs.refit);
-    round_inputs_to(ctx_, student, metric, experts, router);
-    fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge, experts);
-    models::PackedSecretMoe distilled = pack(student, experts, router);
-    // Trained rows leave the grid of the checkpoint's own format, which can cost what a short
-    // training gains: the held-out tokens decide.
-    const double error = held_out_error(distilled);
-    if (error < report.error_closed_form || std::isnan(report.error_closed_form)) {
-      report.error_distilled = error;
-      packed = std::move(distilled);
-    }
-    monitor.check();
-    return packed;
-  }
-
-  // After fit(): moves the hybrid's stream over the converted layer, counting how often each expert
-  // runs.
-  void finish(int layer, const kernels::SecretMoeView& view, std::vector<float>& usage) {
-    run_converted(layer, view, &usage);
-  }
-
- private:
-  Matrix x() { return {x_.data(), n_, d_}; }
-  Matrix y() { return {y_.data(), n_, d_}; }
-  const models::Mlp& dense_mlp(int layer) const {
-    return model_.checkpoint().layers[static_cast<std::size_t>(layer)].mlp;
-  }
-
-  // y += share · (dense r − hybrid r)
-  void add_drift(float share) {
-    const float* dense = dense_.r().data;
-    const float* hybrid = hybrid_.r().data;
-    ctx_.pool.run([&](int thread) {
-      const Range range = split(n_ * d_, ctx_.pool.n_threads(), thread, 16);
-      for (std::int64_t i = range.begin; i < range.end; ++i) {
-        y_[static_cast<std::size_t>(i)] += share * (dense[i] - hybrid[i]);
-      }
-    });
-  }
-
-  // hybrid r += post_norm?(layer(x)), x being the hybrid's MLP input.
-  void run_converted(int layer, const kernels::SecretMoeView& view, std::vector<float>* usage) {
-    std::vector<std::int64_t> counts(static_cast<std::size_t>(view.n_experts()));
-    std::vector<std::int32_t> selected(
-        static_cast<std::size_t>(std::min(kTile, n_) * view.n_active));
-    for (std::int64_t first = 0; first < n_; first += kTile) {
-      const std::int64_t rows = std::min(kTile, n_ - first);
-      const auto ids = std::span(selected).first(static_cast<std::size_t>(rows * view.n_active));
-      kernels::secret_moe(ctx_, view, x().slice(first, rows), y().slice(first, rows),
-                          kernels::MoePath::Masked, ids);
-      for (const std::int32_t id : ids) ++counts[static_cast<std::size_t>(id)];
-    }
-    hybrid_.add_mlp_output(layer, y());
-    if (usage != nullptr) {
-      usage->clear();
-      for (const std::int64_t c : counts)
-        usage->push_back(static_cast<float>(c) / static_cast<float>(n_));
-    }
-  }
-
-  const Job& job_;
-  models::Transformer& model_;
-  Context& ctx_;
-  Stream dense_;
-  Stream hybrid_;
-  std::int64_t n_;
-  std::int64_t d_;
-  std::int64_t n_fit_;
-  AlignedBuffer<float> x_;  // [n, d_model] the hybrid's MLP inputs
-  AlignedBuffer<float> y_;  // [n, d_model] outputs wanted, then the layer's own
-};
-
-// Bytes at the peak. While converting: four [tokens, d_model] arrays, one tile's activations with
-// their gradients, the normal equations, Adam's state; while sampling: cache and logits; and always
-// the checkpoint's own pages.
+// Bytes at the peak: while converting; while sampling, cache and logits; and always the
+// checkpoint's own pages.
 std::int64_t estimate_memory(const Job& job, const models::Checkpoint& checkpoint,
                              std::int64_t n_ctx) {
-  const std::int64_t d = job.shape.d_model;
-  const std::int64_t n = job.shape.d_ff;
-  const std::int64_t f = n + d + 1;
-  const std::int64_t streams = 4 * 4 * job.n_tokens * d;
-  const std::int64_t tile = 4 * 2048 * (8 * n + 6 * d);
-  const std::int64_t equations = (4 + 8 + 8) * f * f;
-  const std::int64_t adam = 4 * 3 * n * d * 5;
+  const std::int64_t converting = job.recipe.method == Method::LowRank
+                                      ? low_rank_memory(job)
+                                      : self_routed_memory(job, checkpoint.config);
   const std::int64_t sampling = job.options.data == "self"
                                     ? sampling_bytes(checkpoint.config.shape(), n_ctx, job.n_tokens)
                                     : 0;
-  return std::max(streams + tile + equations + adam, sampling) + checkpoint.file->file_bytes() +
-         (std::int64_t{200} << 20);
+  return std::max(converting, sampling) + checkpoint.file->file_bytes() + (std::int64_t{200} << 20);
 }
 
 // Bytes of the files in a folder; 0 where there is none.
@@ -419,11 +126,12 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   if (job.recover.tokens == 0) job.recover.tokens = recipe.recover_tokens;
   job.recover.seed = options.seed;
   job.recover.n_ctx = std::min(kContext, checkpoint->config.context_length);
-  // What cannot be planned is refused before the work, not after it.
-  if (options.active < 1) plan_for_fraction(job.shape, options.active);
-  router_dtype(options, job.shape);
-  for (const auto& layer : checkpoint->layers)
-    expert_dtype(options, std::get<models::DenseMlp>(layer.mlp));
+  const bool low_rank = recipe.method == Method::LowRank;
+  if (low_rank) {
+    check_low_rank(job, *checkpoint);
+  } else {
+    check_self_routed(job);
+  }
 
   Calibration calibration;
   calibration.n_ctx = std::min(kContext, checkpoint->config.context_length);
@@ -467,28 +175,20 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   } add_seconds{state, seconds_so_far};
 
   models::Transformer model(checkpoint, ctx);
-  const int n_layers = checkpoint->config.n_layers;
   std::optional<std::vector<std::int32_t>> kept_tokens;
   if (options.data == "self") kept_tokens = state.load_calibration();
   const bool sample = options.data == "self" && !kept_tokens;
-  const std::optional<std::string> kept_plan = state.load_plan();
-  std::vector<SavedLayer> saved;
-  while (static_cast<int>(saved.size()) < n_layers) {
-    auto kept = state.load_layer(static_cast<int>(saved.size()), checkpoint->config);
-    if (!kept) break;
-    saved.push_back(std::move(*kept));
-  }
-
-  const auto n_kept = static_cast<double>(saved.size());
-  const auto n_tokens = static_cast<double>(job.n_tokens);
-  const LayerCosts costs(recipe);
-  const std::int64_t n_sensitivity = std::min(recipe.sensitivity_tokens, job.n_tokens / 3);
-  const double sample_cost = sample ? kSampleCost * n_tokens : 0;
-  const double sensitivity_cost =
-      kept_plan ? 0 : kSensitivityCost * n_layers * static_cast<double>(n_sensitivity);
+  const double sample_cost = sample ? kSampleCost * static_cast<double>(job.n_tokens) : 0;
   const double recover_cost = kRecoverCost * static_cast<double>(job.recover.tokens);
-  Schedule schedule(monitor, sample_cost + sensitivity_cost + n_kept * n_tokens * costs.pass() +
-                                 (n_layers - n_kept) * n_tokens * costs.all() + recover_cost);
+  std::optional<LowRankConversion> to_low_rank;
+  std::optional<SelfRoutedConversion> to_self_routed;
+  if (low_rank) {
+    to_low_rank.emplace(job, model, state);
+  } else {
+    to_self_routed.emplace(job, model, state);
+  }
+  Schedule schedule(monitor, sample_cost + recover_cost +
+                                 (low_rank ? to_low_rank->cost() : to_self_routed->cost()));
 
   if (options.data == "self") {
     if (kept_tokens) {
@@ -504,87 +204,20 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   report.data_digest = calibration.digest;
   report.n_tokens = static_cast<std::int64_t>(calibration.tokens.size());
 
-  std::vector<LayerPlan> plans;
-  std::vector<double> sensitivity;
-  if (kept_plan) {
-    plan_from_json(*kept_plan, (state.path() / "plan.json").string(), n_layers, plans, sensitivity);
-  } else {
-    const std::int64_t windows =
-        std::clamp<std::int64_t>(n_sensitivity / calibration.n_ctx, 2, calibration.n_windows());
-    schedule.next(sensitivity_cost);
-    monitor.stage("measure the layers' sensitivity", n_layers);
-    sensitivity = measure_sensitivity(
-        model,
-        std::span(calibration.tokens).first(static_cast<std::size_t>(windows * calibration.n_ctx)),
-        calibration.n_ctx, plan_for_fraction(job.shape, std::min(options.active, 0.8)), recipe,
-        monitor);
-    plans = allot(job.shape, sensitivity, options.active, recipe.least_fraction);
-    state.save_plan(plan_to_json(plans, sensitivity));
-  }
-  for (const LayerPlan& plan : plans) {
-    report.active_fraction += active_fraction(plan, job.shape.d_model, job.shape.d_ff) / n_layers;
-  }
-  const auto n_dense =
-      std::count_if(plans.begin(), plans.end(), [](const LayerPlan& p) { return p.dense; });
-  const auto n_dense_left = std::count_if(plans.begin() + static_cast<std::ptrdiff_t>(saved.size()),
-                                          plans.end(), [](const LayerPlan& p) { return p.dense; });
-  schedule.drop(static_cast<double>(n_dense_left) * n_tokens * (costs.all() - costs.pass()));
-  monitor.line(
-      fmt::format("plan: mean active fraction {:.3f}, {} of {} layers converted, {} stay dense",
-                  report.active_fraction, n_layers - n_dense, n_layers, n_dense));
-
-  if (static_cast<int>(saved.size()) < n_layers) {
-    Conversion conversion(job, model, calibration);
-    if (!saved.empty()) {
-      schedule.next(n_kept * n_tokens * costs.pass());
-      monitor.stage("pass the layers kept from an earlier run",
-                    static_cast<std::int64_t>(saved.size()));
-    }
-    for (std::size_t l = 0; l < saved.size(); ++l) {
-      monitor.check();
-      conversion.pass(static_cast<int>(l), saved[l]);
-      monitor.advance(static_cast<std::int64_t>(l) + 1, "");
-    }
-    for (int layer = static_cast<int>(saved.size()); layer < n_layers; ++layer) {
-      monitor.check();
-      const LayerPlan& plan = plans[static_cast<std::size_t>(layer)];
-      LayerReport row;
-      row.layer = layer;
-      row.active_fraction = active_fraction(plan, job.shape.d_model, job.shape.d_ff);
-      row.sensitivity = sensitivity[static_cast<std::size_t>(layer)];
-      if (plan.dense) {
-        schedule.next(n_tokens * costs.pass());
-        monitor.stage(fmt::format("layer {}: stays dense", layer), 1);
-        row.kind = models::kKindDense;
-        saved.push_back(state.save_dense_layer(row));
-        conversion.pass(layer, saved.back());
-        continue;
-      }
-      row.kind = models::kKindGluLowRank;
-      row.n_shared = plan.n_shared;
-      row.n_experts = job.shape.d_ff - plan.n_shared;
-      row.n_active = plan.n_active;
-      row.router_rank = plan.router_rank;
-      row.bypass_rank = plan.bypass_rank;
-      const models::PackedSecretMoe packed = conversion.fit(layer, plan, row, schedule, monitor);
-      schedule.next(n_tokens * costs.finish);
-      monitor.stage(fmt::format("layer {}: move on", layer), 1);
-      conversion.finish(layer, packed.view(), row.expert_usage);
-      saved.push_back(state.save_layer(row, packed, checkpoint->config));
-      monitor.line(fmt::format(
-          "layer {:2}: active {:.3f} (k {} of {}), error {:.4f} closed form, {:.4f} distilled",
-          layer, row.active_fraction, row.n_active, row.n_experts, row.error_closed_form,
-          row.error_distilled));
-    }
-  }
-
-  for (const SavedLayer& layer : saved) report.layers.push_back(layer.report);
-  if (job.recover.tokens == 0) {
+  const bool recovers = job.recover.tokens > 0;
+  const std::filesystem::path converted = recovers ? state.hybrid_path() : options.output;
+  if (low_rank) {
+    const std::vector<SavedLayer> layers = to_low_rank->run(calibration, schedule, report, monitor);
+    for (const SavedLayer& layer : layers) report.layers.push_back(layer.report);
     monitor.stage("write the hybrid", 1);
-    assemble(*checkpoint->file, saved, options, report, options.output);
+    assemble(*checkpoint->file, layers, options, report, converted);
   } else {
+    to_self_routed->run(calibration, schedule, report, converted, monitor);
+    models::write_file_atomically(options.output.string() + ".plan.json",
+                                  plan_json(to_self_routed->plan()));
+  }
+  if (recovers) {
     schedule.next(recover_cost);
-    assemble(*checkpoint->file, saved, options, report, state.hybrid_path());
     const auto hybrid = models::Checkpoint::load(state.hybrid_path());
     const std::vector<std::int32_t> text =
         recovery_text(options.data, job.recover, checkpoint, *tokenizer, state, ctx, monitor);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "converter/recovery/recover.h"
+#include "converter/self_routed/shares.h"
 #include "engine/monitor.h"
 #include "kernels/base/context.h"
 #include "kernels/base/dtype.h"
@@ -26,6 +27,9 @@ struct ConvertOptions {
   std::uint64_t seed = 0;
   // Recovery behind the layer-wise stage; tokens 0: the recipe's default. Its seed is `seed`.
   RecoverOptions recover;
+  Budget budget = Budget::Planned;    // of self-routed recipes
+  std::filesystem::path plan;         // a plan to follow instead of making one
+  std::filesystem::path curves;       // a plan whose measured curves to plan from
   std::optional<DType> expert_dtype;  // default: the dense MLP's own format where it can be written
   std::optional<DType> router_dtype;
 };
@@ -33,10 +37,12 @@ struct ConvertOptions {
 /// One layer of the report.
 struct LayerReport {
   int layer = 0;
-  std::string kind;  // "dense" or "glu+low_rank"
+  std::string kind;  // models/secret_moe_file.h, models/self_routed_file.h
   std::int64_t n_shared = 0, n_experts = 0, n_active = 0, router_rank = 0, bypass_rank = 0;
+  Shares shares;  // of self-routed layers, measured
   double active_fraction = 1;
-  // Mean KL divergence from the dense model's next tokens, nats, with this layer alone converted.
+  // Mean KL divergence from the dense model's next tokens, nats, with this layer alone converted:
+  // measured at one common fraction, or for self-routed layers predicted from the layer's curve.
   double sensitivity = 0;
   // ω-weighted error over ω-weighted variance of what the layer is asked to add (the MLP's output
   // and the drift of earlier layers), packed, on held-out tokens.

@@ -8,11 +8,20 @@
 
 namespace moesaic::converter {
 
+/// What converted layers become.
+enum class Method {
+  SelfRouted,  // "glu+gate" with a planned budget
+  Threshold,   // "glu+input", the same share everywhere: the rival (TEAL)
+  LowRank,     // "glu+low_rank"
+};
+
 /// The settings behind a recipe's name. How each was chosen stands beside it in recipe.cc.
 struct Recipe {
   std::string_view name;
+  Method method = Method::SelfRouted;
   std::int64_t tokens = 0;  // calibration tokens by default
-  // Of these, but a third at most: to measure the layers' sensitivity.
+  // Of these, but a third at most: to measure the layers' sensitivity; the rest of this struct but
+  // recover_tokens is for Method::LowRank alone.
   std::int64_t sensitivity_tokens = 0;
   double shared_fraction = 0;  // n_shared over d_ff, rounded to a multiple of 32
   std::int64_t router_rank = 0;
@@ -21,7 +30,7 @@ struct Recipe {
   double output_ridge = 0;  // of the down rows, towards where they stand
   double correction = 0;  // share of the drift of earlier layers that a layer is asked to take back
   double least_fraction = 0;  // no converted layer gets less
-  DistillOptions distill;
+  DistillOptions distill = {};
   std::int64_t recover_tokens = 0;  // trained end to end behind all that; 0: no recovery
 };
 

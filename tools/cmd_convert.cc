@@ -19,6 +19,7 @@ struct Options {
   converter::ConvertOptions convert;
   std::string model, output;
   std::string expert_type, router_type;
+  std::string budget = "planned", plan, curves;
   RunOptions run;
 };
 
@@ -68,6 +69,10 @@ void convert(Options& options) {
     throw UsageError(
         fmt::format("-o {}: is the checkpoint to convert, expected another file", options.output));
   }
+  convert.budget =
+      options.budget == "planned" ? converter::Budget::Planned : converter::Budget::Uniform;
+  convert.plan = options.plan;
+  convert.curves = options.curves;
   if (!options.expert_type.empty()) convert.expert_dtype = dtype_from_name(options.expert_type);
   if (!options.router_type.empty()) convert.router_dtype = dtype_from_name(options.router_type);
 
@@ -102,9 +107,20 @@ void add_convert(CLI::App& app, Action& action) {
       ->check(finite_between(0.01, 1))
       ->capture_default_str();
   cmd->add_option("--recipe", convert_options.recipe,
-                  "How much work to put in: fast, or best: then trained end to end")
-      ->check(CLI::IsMember({"fast", "best"}))
+                  "fast: self-routed layers under a measured budget, minutes; best: the same, then "
+                  "trained end to end; threshold: magnitude thresholds alone (TEAL), the rival; "
+                  "low-rank: experts behind low-rank routers, fitted and distilled layer by layer")
+      ->check(CLI::IsMember({"fast", "best", "threshold", "low-rank"}))
       ->capture_default_str();
+  cmd->add_option("--budget", options->budget,
+                  "planned: spread by what each layer costs the model; uniform: the same fraction "
+                  "everywhere")
+      ->check(CLI::IsMember({"planned", "uniform"}))
+      ->capture_default_str();
+  cmd->add_option("--plan", options->plan,
+                  "Follow this plan (an OUT.gguf.plan.json, edited or not)");
+  cmd->add_option("--curves", options->curves,
+                  "Plan from the curves measured for this plan, without measuring again");
   cmd->add_option("--tokens", convert_options.tokens, "Calibration tokens (default: the recipe's)")
       ->check(integer_between(1, std::int64_t{1} << 40));
   cmd->add_flag("--resume", convert_options.resume, "Go on from what an interrupted run left");
