@@ -12,10 +12,11 @@
 namespace moesaic::converter {
 namespace {
 
-constexpr std::int64_t kPathTokens = 2048;  // that fit a path
-constexpr double kLeast = 0.1;              // active fraction where paths end
+constexpr std::int64_t kPathTokens = 1024;   // that fit a path
+constexpr std::int64_t kJudgeTokens = 4096;  // that KL is measured on
+constexpr double kLeast = 0.1;               // active fraction where paths end
 // Where KL is measured.
-constexpr std::array kMeasured = {0.7, 0.5, 0.36, 0.22};
+constexpr std::array kMeasured = {0.6, 0.42, 0.26};
 
 // Rows spread evenly over m.
 Matrix spread(ConstMatrix m, std::int64_t n, AlignedBuffer<float>& to) {
@@ -76,7 +77,8 @@ std::vector<LayerCurve> measure_curves(models::Transformer& model,
   const int n_layers = model.config().n_layers;
   const std::int64_t d = model.config().d_model;
   const auto n_windows = static_cast<std::int64_t>(tokens.size()) / n_ctx;
-  const std::int64_t n_judge = std::max<std::int64_t>(1, n_windows / 3);
+  const std::int64_t n_judge =
+      std::clamp<std::int64_t>(n_windows / 3, 1, std::max<std::int64_t>(1, kJudgeTokens / n_ctx));
   const auto fit_tokens = tokens.first(static_cast<std::size_t>((n_windows - n_judge) * n_ctx));
   const auto judge_tokens = tokens.subspan(fit_tokens.size());
   const auto dense_mlp = [&](int layer) -> const models::Mlp& {

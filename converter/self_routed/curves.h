@@ -26,8 +26,9 @@ struct LayerCurve {
 
 /// The curves of all layers: each layer's path on `fit` windows of the calibration text, then the
 /// KL divergence on others with points of that path in the layer's place (DESIGN.md section 2, step
-/// 6). `tokens` [n_windows · n_ctx]: the last third judges, at least one window. Up to 2,048 tokens
-/// fit a path. Throws as ThresholdFit and mean_divergence, Interrupted.
+/// 6). `tokens` [n_windows · n_ctx]: the last third judges, one window at
+/// least and 4,096 tokens at most. Up to 1,024 tokens fit a path. Throws as ThresholdFit and
+/// mean_divergence, Interrupted.
 std::vector<LayerCurve> measure_curves(models::Transformer& model,
                                        std::span<const std::int32_t> tokens, std::int64_t n_ctx,
                                        engine::Monitor& monitor);

@@ -18,7 +18,8 @@ float bound(ConstMatrix values, std::span<const float> scale, double share) {
   sizes.reserve(static_cast<std::size_t>(values.rows / step * values.cols));
   for (std::int64_t t = 0; t < values.rows; t += step) {
     for (std::int64_t i = 0; i < values.cols; ++i) {
-      sizes.push_back(std::fabs(values.row(t)[i]) * scale[static_cast<std::size_t>(i)]);
+      const float size = std::fabs(values.row(t)[i]) * scale[static_cast<std::size_t>(i)];
+      sizes.push_back(std::isnan(size) ? 0 : size);
     }
   }
   const auto n = static_cast<double>(sizes.size());
@@ -93,8 +94,6 @@ ThresholdFit::ThresholdFit(Context& ctx, const Neurons& teacher, const LayerSamp
   const auto d_ff = static_cast<std::size_t>(teacher.n);
   x_hat_ = AlignedBuffer<float>(n * static_cast<std::size_t>(teacher.d_model));
   y_ = AlignedBuffer<float>(x_hat_.size());
-  a_ = AlignedBuffer<float>(n * d_ff);
-  u_ = AlignedBuffer<float>(n * d_ff);
   h_ = AlignedBuffer<float>(n * d_ff);
   thresholds_.up_by_input = shape == ThresholdShape::Uniform;
   if (shape == ThresholdShape::Uniform) {
@@ -102,6 +101,7 @@ ThresholdFit::ThresholdFit(Context& ctx, const Neurons& teacher, const LayerSamp
     down_scale_.assign(d_ff, 1.0f);
     return;
   }
+  u_ = AlignedBuffer<float>(n * d_ff);
   const Matrix u(u_.data(), sample.x.rows, teacher.n);
   kernels::gemm(ctx, false, true, 1, sample.x, teacher.up(), 0, u);
   column_scale_ = column_sizes(teacher.gate(), false);
@@ -110,19 +110,24 @@ ThresholdFit::ThresholdFit(Context& ctx, const Neurons& teacher, const LayerSamp
   for (std::size_t i = 0; i < d_ff; ++i) up_scale_[i] *= down_scale_[i];
 }
 
-void ThresholdFit::fit_input(double share) {
+void ThresholdFit::fit_inputs(double share, Inputs& inputs) {
   const ConstMatrix x = sample_.x;
+  const auto size = static_cast<std::size_t>(x.rows * teacher_.n);
+  if (inputs.a.size() == 0) {
+    inputs.a = AlignedBuffer<float>(size);
+    if (shape_ == ThresholdShape::Uniform) inputs.u = AlignedBuffer<float>(size);
+  }
   const Matrix x_hat(x_hat_.data(), x.rows, x.cols);
-  const Matrix a(a_.data(), x.rows, teacher_.n);
+  const Matrix a(inputs.a.data(), x.rows, teacher_.n);
   const float at_least = bound(x, column_scale_, share);
-  thresholds_.input = per_entry(at_least, column_scale_);
+  inputs.threshold = per_entry(at_least, column_scale_);
   std::vector<std::int64_t> kept(static_cast<std::size_t>(ctx_.pool.n_threads()));
   ctx_.pool.run([&](int thread) {
     const Range rows = split(x.rows, ctx_.pool.n_threads(), thread);
     std::int64_t n = 0;
     for (std::int64_t t = rows.begin; t < rows.end; ++t) {
       for (std::int64_t j = 0; j < x.cols; ++j) {
-        const bool large = std::fabs(x.row(t)[j]) >= thresholds_.input[static_cast<std::size_t>(j)];
+        const bool large = std::fabs(x.row(t)[j]) >= inputs.threshold[static_cast<std::size_t>(j)];
         x_hat.row(t)[j] = large ? x.row(t)[j] : 0.0f;
         n += large;
       }
@@ -131,10 +136,11 @@ void ThresholdFit::fit_input(double share) {
   });
   std::int64_t n = 0;
   for (const std::int64_t k : kept) n += k;
-  thresholds_.shares.input = static_cast<double>(n) / static_cast<double>(x.rows * x.cols);
+  inputs.share = static_cast<double>(n) / static_cast<double>(x.rows * x.cols);
   kernels::gemm(ctx_, false, true, 1, x_hat, teacher_.gate(), 0, a);
   if (shape_ == ThresholdShape::Uniform) {
-    kernels::gemm(ctx_, false, true, 1, x_hat, teacher_.up(), 0, {u_.data(), x.rows, teacher_.n});
+    kernels::gemm(ctx_, false, true, 1, x_hat, teacher_.up(), 0,
+                  {inputs.u.data(), x.rows, teacher_.n});
   }
   const std::vector<float> ones(static_cast<std::size_t>(teacher_.n), 1.0f);
   ctx_.pool.run([&](int thread) {
@@ -145,48 +151,50 @@ void ThresholdFit::fit_input(double share) {
       kernels::gated_activation(ctx_, teacher_.phi, row, {ones.data(), 1, teacher_.n}, row);
     }
   });
-  fitted_input_ = share;
+  inputs.asked = share;
 }
 
-void ThresholdFit::fit_neurons(const Shares& shares) {
+void ThresholdFit::fit_neurons(const Shares& shares, const Inputs& inputs) {
   const std::int64_t n_rows = sample_.x.rows, d_ff = teacher_.n;
-  const ConstMatrix a(a_.data(), n_rows, d_ff), u(u_.data(), n_rows, d_ff);
+  const ConstMatrix a(inputs.a.data(), n_rows, d_ff);
+  const ConstMatrix u((thresholds_.up_by_input ? inputs.u : u_).data(), n_rows, d_ff);
   const Matrix h(h_.data(), n_rows, d_ff);
   const bool by_gate = !thresholds_.up_by_input;
   thresholds_.gate.clear();
   if (by_gate) thresholds_.gate = per_entry(bound(a, up_scale_, shares.gate), up_scale_);
   std::vector<std::int64_t> counts(static_cast<std::size_t>(ctx_.pool.n_threads()));
-  const auto count = [&](auto&& of_row) {
+  const auto share_of = [&](auto&& keep_in_row) {
     ctx_.pool.run([&](int thread) {
       const Range rows = split(n_rows, ctx_.pool.n_threads(), thread);
       std::int64_t n = 0;
-      for (std::int64_t t = rows.begin; t < rows.end; ++t) n += of_row(t);
+      for (std::int64_t t = rows.begin; t < rows.end; ++t) n += keep_in_row(t);
       counts[static_cast<std::size_t>(thread)] = n;
     });
     std::int64_t n = 0;
     for (const std::int64_t c : counts) n += c;
     return static_cast<double>(n) / static_cast<double>(n_rows * d_ff);
   };
-  thresholds_.shares.gate = count([&](std::int64_t t) {
-    std::int64_t n = 0;
+  // What the gate does not route is NaN until the second pass, so that no bound keeps it.
+  constexpr float kNotRouted = std::numeric_limits<float>::quiet_NaN();
+  thresholds_.shares.gate = share_of([&](std::int64_t t) {
+    const float *at = a.row(t), *ut = u.row(t), *bounds = thresholds_.gate.data();
+    float* ht = h.row(t);
+    std::int32_t n = 0;
     for (std::int64_t i = 0; i < d_ff; ++i) {
-      const bool routed =
-          !by_gate || std::fabs(a.row(t)[i]) >= thresholds_.gate[static_cast<std::size_t>(i)];
-      h.row(t)[i] = routed ? a.row(t)[i] * u.row(t)[i] : 0.0f;
+      const bool routed = !by_gate || std::fabs(at[i]) >= bounds[i];
+      ht[i] = routed ? at[i] * ut[i] : kNotRouted;
       n += routed;
     }
     return n;
   });
   thresholds_.hidden = per_entry(bound(h, down_scale_, shares.hidden), down_scale_);
-  thresholds_.shares.hidden = count([&](std::int64_t t) {
-    std::int64_t n = 0;
+  thresholds_.shares.hidden = share_of([&](std::int64_t t) {
+    const float* bounds = thresholds_.hidden.data();
+    float* ht = h.row(t);
+    std::int32_t n = 0;
     for (std::int64_t i = 0; i < d_ff; ++i) {
-      // What the gate did not route is 0 here, and is not kept where the bound is 0 either.
-      const bool routed =
-          !by_gate || std::fabs(a.row(t)[i]) >= thresholds_.gate[static_cast<std::size_t>(i)];
-      const bool kept =
-          routed && std::fabs(h.row(t)[i]) >= thresholds_.hidden[static_cast<std::size_t>(i)];
-      if (!kept) h.row(t)[i] = 0;
+      const bool kept = std::fabs(ht[i]) >= bounds[i];
+      ht[i] = kept ? ht[i] : 0.0f;
       n += kept;
     }
     return n;
@@ -194,8 +202,11 @@ void ThresholdFit::fit_neurons(const Shares& shares) {
 }
 
 const Thresholds& ThresholdFit::fit(const Shares& shares) {
-  if (shares.input != fitted_input_) fit_input(shares.input);
-  fit_neurons(shares);
+  if (inputs_[0].asked != shares.input) std::swap(inputs_[0], inputs_[1]);
+  if (inputs_[0].asked != shares.input) fit_inputs(shares.input, inputs_[0]);
+  thresholds_.input = inputs_[0].threshold;
+  thresholds_.shares.input = inputs_[0].share;
+  fit_neurons(shares, inputs_[0]);
   return thresholds_;
 }
 

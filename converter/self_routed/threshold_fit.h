@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -30,7 +31,8 @@ enum class ThresholdShape {
 };
 
 /// Thresholds of one layer for given shares, and what they cost, on a sample of its inputs. Keeps
-/// the activations of the last input share, so that trying other shares of neurons is cheap.
+/// the activations of the last two input shares, so that going back and forth between them and
+/// trying other shares of neurons is cheap.
 class ThresholdFit {
  public:
   /// `sample` and `teacher` are borrowed; sample.y is what the dense layer gives.
@@ -45,17 +47,25 @@ class ThresholdFit {
   double error();
 
  private:
-  void fit_input(double share);
-  void fit_neurons(const Shares& shares);
+  // What depends on the input share alone.
+  struct Inputs {
+    double asked = -1;
+    double share = 1;
+    std::vector<float> threshold;
+    AlignedBuffer<float> a;  // φ(gate)
+    AlignedBuffer<float> u;  // with ThresholdShape::Uniform
+  };
+  void fit_inputs(double share, Inputs& inputs);
+  void fit_neurons(const Shares& shares, const Inputs& inputs);
 
   Context& ctx_;
   const Neurons& teacher_;
   const LayerSample& sample_;
   ThresholdShape shape_;
   std::vector<float> column_scale_, up_scale_, down_scale_;  // what entries are weighted with
-  double fitted_input_ = -1;
+  std::array<Inputs, 2> inputs_;                             // the last one used first
   Thresholds thresholds_;
-  AlignedBuffer<float> x_hat_, a_, u_, h_, y_;
+  AlignedBuffer<float> x_hat_, u_, h_, y_;
 };
 
 }  // namespace moesaic::converter

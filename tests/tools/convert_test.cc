@@ -1,4 +1,4 @@
-// convert: what the program adds to the converter's own checks.
+// convert --recipe low-rank: what the program adds to the converter's own checks.
 
 #include "converter/convert.h"
 
@@ -23,8 +23,8 @@ using nlohmann::json;
 class Convert : public testing::Test {
  protected:
   std::vector<std::string> line(const std::string& output) const {
-    return {"convert",  model_.path, "-o",       output, "--data", text_,
-            "--tokens", "4096",      "--active", "0.6",  "-t",     "2"};
+    return {"convert", model_.path, "-o",  output, "--data", text_,      "--tokens",
+            "4096",    "--active",  "0.6", "-t",   "2",      "--recipe", "low-rank"};
   }
 
   TinyModel model_{{.n_layers = 3}, [](TinyModel& m) { add_vocabulary(m); }};
@@ -121,6 +121,7 @@ TEST_F(Convert, JobSharesRiseToOne) {
   options.data = text_;
   options.active = 0.6;
   options.tokens = 4096;
+  options.recipe = "low-rank";
   converter::convert(options, ctx, recorder);
   EXPECT_NEAR(recorder.last, 1, 1e-9);
 }
@@ -142,8 +143,9 @@ TEST_P(ConvertCut, ThenResumedGivesTheSameFile) {
   const TemporaryFolder folder;
   const std::string text = GetParam().self ? "self" : folder.write("text.txt", words(30000));
   const auto line = [&](const std::string& output) {
-    return std::vector<std::string>{"convert",  model.path, "-o",       output, "--data", text,
-                                    "--tokens", "4096",     "--active", "0.6",  "-t",     "2"};
+    return std::vector<std::string>{"convert",  model.path, "-o",       output,    "--data",
+                                    text,       "--tokens", "4096",     "-t",      "2",
+                                    "--active", "0.6",      "--recipe", "low-rank"};
   };
   const std::string whole = (folder.path() / "whole.gguf").string();
   const std::string second = (folder.path() / "second.gguf").string();

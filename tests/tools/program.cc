@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <functional>
+#include <iterator>
 #include <stdexcept>
 
 namespace moesaic::tools {
@@ -202,6 +203,11 @@ std::string words(std::size_t n_bytes) {
     text += i % 9 == 8 ? ".\n" : " ";
   }
   return text;
+}
+
+std::string bytes(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return std::string(std::istreambuf_iterator<char>(file), {});
 }
 
 }  // namespace moesaic::tools

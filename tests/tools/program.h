@@ -56,4 +56,7 @@ void add_vocabulary(models::TinyModel& model, bool bos = true);
 /// Lower-case words, the same every time: at least n_bytes of them.
 std::string words(std::size_t n_bytes);
 
+/// A whole file; empty if it cannot be read.
+std::string bytes(const std::string& path);
+
 }  // namespace moesaic::tools

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <deque>
 #include <fstream>
-#include <iterator>
 
 #include "models/gguf.h"
 #include "models/gguf_writer.h"
@@ -19,19 +18,15 @@ using models::TinyModel;
 using models::TinyOptions;
 using nlohmann::json;
 
-std::string bytes(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return std::string(std::istreambuf_iterator<char>(file), {});
-}
-
 class Recover : public testing::TestWithParam<TinyOptions> {
  protected:
   // A hybrid of the model, its experts then spoilt: on a text of few words these small models come
   // out of the layer-wise stage nearly exact.
   void convert(const std::string& output) {
     const std::string good = (folder_.path() / "good.gguf").string();
-    const ProgramRun run = run_program({"convert", model_.path, "-o", good, "--data", text_,
-                                        "--tokens", "4096", "--active", "0.6", "-t", "2", "-q"});
+    const ProgramRun run =
+        run_program({"convert", model_.path, "-o", good, "--data", text_, "--tokens", "4096",
+                     "--active", "0.6", "-t", "2", "-q", "--recipe", "low-rank"});
     ASSERT_EQ(run.status, 0) << run.err;
     const auto file = models::GgufFile::open(good);
     models::GgufWriter writer;
