@@ -61,4 +61,47 @@ std::optional<kernels::SelfRoutedView> read_self_routed(const GgufFile& file,
   return view;
 }
 
+kernels::SelfRoutedView PackedSelfRouted::view() const {
+  const auto matrix = [](const AlignedBuffer<std::byte>& data, DType dtype, std::int64_t rows,
+                         std::int64_t cols) {
+    WeightView w;
+    w.data = data.data();
+    w.dtype = dtype;
+    w.rows = rows;
+    w.cols = cols;
+    return w;
+  };
+  kernels::SelfRoutedView view;
+  view.phi = phi;
+  view.up_by_input = up_by_input;
+  view.w_gate = matrix(w_gate, gate_dtype, d_ff, d_model);
+  view.w_up = matrix(w_up, up_dtype, d_ff, d_model);
+  view.w_down = matrix(w_down, down_dtype, d_model, d_ff);
+  view.input_threshold = input_threshold.span();
+  view.gate_threshold = gate_threshold.span();
+  view.hidden_threshold = hidden_threshold.span();
+  view.input_share = input_share;
+  view.gate_share = gate_share;
+  view.hidden_share = hidden_share;
+  return view;
+}
+
+std::vector<PackedSelfRouted::Tensor> PackedSelfRouted::tensors(const LayerTensorNames& names,
+                                                                int layer) const {
+  std::vector<Tensor> all;
+  const auto add = [&](std::string_view part, DType dtype, std::vector<std::int64_t> dims,
+                       std::span<const std::byte> data) {
+    all.push_back({fmt::format("blk.{}.{}", layer, part), dtype, std::move(dims), data});
+  };
+  add(names.w_gate, gate_dtype, {d_ff, d_model}, w_gate.span());
+  add(names.w_up, up_dtype, {d_ff, d_model}, w_up.span());
+  add(names.w_down, down_dtype, {d_model, d_ff}, w_down.span());
+  add(kInputThreshold, DType::F32, {d_model}, std::as_bytes(input_threshold.span()));
+  if (!up_by_input) {
+    add(kGateThreshold, DType::F32, {d_ff}, std::as_bytes(gate_threshold.span()));
+  }
+  add(kHiddenThreshold, DType::F32, {d_ff}, std::as_bytes(hidden_threshold.span()));
+  return all;
+}
+
 }  // namespace moesaic::models

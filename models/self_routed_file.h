@@ -2,9 +2,14 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
+#include <string>
 #include <string_view>
+#include <vector>
 
+#include "kernels/base/aligned_buffer.h"
 #include "kernels/self_routed.h"
+#include "models/architecture.h"
 #include "models/config.h"
 #include "models/gguf.h"
 #include "models/mlp.h"
@@ -37,5 +42,27 @@ inline constexpr std::string_view kHiddenThreshold = "moe.hidden_threshold";
 std::optional<kernels::SelfRoutedView> read_self_routed(const GgufFile& file,
                                                         const ModelConfig& config, int layer,
                                                         const DenseMlp& dense);
+
+/// One layer's tensors in memory, packed in their file formats; the view points into them.
+struct PackedSelfRouted {
+  kernels::Activation phi = kernels::Activation::Silu;
+  bool up_by_input = false;
+  std::int64_t d_model = 0, d_ff = 0;
+  DType gate_dtype = DType::BF16, up_dtype = DType::BF16, down_dtype = DType::BF16;
+  AlignedBuffer<std::byte> w_gate, w_up, w_down;
+  AlignedBuffer<float> input_threshold, gate_threshold, hidden_threshold;
+  float input_share = 1, gate_share = 1, hidden_share = 1;
+
+  kernels::SelfRoutedView view() const;
+
+  /// Its tensors under their names in a file; *this must live as long as they do.
+  struct Tensor {
+    std::string name;
+    DType dtype;
+    std::vector<std::int64_t> dims;
+    std::span<const std::byte> data;
+  };
+  std::vector<Tensor> tensors(const LayerTensorNames& names, int layer) const;
+};
 
 }  // namespace moesaic::models

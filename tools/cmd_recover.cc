@@ -17,7 +17,7 @@ namespace {
 
 struct Options {
   converter::RecoverFileOptions recover;
-  std::string dense, hybrid, output;
+  std::string dense, hybrid, output, expert_type;
   RunOptions run;
 };
 
@@ -26,6 +26,9 @@ void recover(Options& options) {
   recover.dense = options.dense;
   recover.hybrid = options.hybrid;
   recover.output = options.output;
+  if (!options.expert_type.empty()) {
+    recover.recover.expert_type = find_dtype(options.expert_type);
+  }
   for (const std::filesystem::path& input : {recover.dense, recover.hybrid}) {
     std::error_code error;
     if (std::filesystem::weakly_canonical(input, error) ==
@@ -42,9 +45,11 @@ void recover(Options& options) {
         converter::recover_file(recover, runtime.context, progress);
     print(fmt::format(
         "KL divergence from dense on held-out text: {:.4f} before, {:.4f} trained, {:.4f} as "
+        "written\nactive fraction of the MLPs there: {:.3f} before, {:.3f} trained, {:.3f} as "
         "written\n{} tokens in {}\n{}\n{}.report.json\n",
-        report.kl_start, report.kl_trained, report.kl_packed, report.tokens,
-        format_seconds(report.seconds), options.output, options.output));
+        report.kl_start, report.kl_trained, report.kl_packed, report.active_start,
+        report.active_trained, report.active_packed, report.tokens, format_seconds(report.seconds),
+        options.output, options.output));
   } catch (const Interrupted&) {
     throw Interrupted(fmt::format(
         "interrupted: what was trained is kept in {}.state; the same command with --resume goes "
@@ -69,6 +74,9 @@ void add_recover(CLI::App& app, Action& action) {
                   "Text file to train on, or self: text that the dense model samples itself")
       ->required();
   cmd->add_flag("--resume", recover_options.resume, "Go on from what an interrupted run left");
+  cmd->add_option("--expert-type", options->expert_type,
+                  "Format of the experts (default: as the hybrid has them)")
+      ->check(CLI::IsMember(dtype_names()));
   cmd->add_option("--seed", recover_options.recover.seed, "Seed of everything that is drawn")
       ->check(integer_between(0, std::numeric_limits<std::int64_t>::max()))
       ->capture_default_str();
@@ -77,8 +85,9 @@ void add_recover(CLI::App& app, Action& action) {
   add_run_options(*cmd, options->run);
   cmd->footer(
       R"(Trains experts, shared neurons, bypass, bias and routers on the KL divergence from the dense
-model; attention, norms, embeddings and head stay as they are. `convert --recipe best` does the same
-behind its layer-wise stage. The training is saved in OUT.gguf.state every few minutes and on
+model, of self-routed layers the MLP's matrices, while their thresholds follow so that as much stays
+active; attention, norms, embeddings and head stay as they are. `convert --recipe best` does the
+same behind its layer-wise stage. The training is saved in OUT.gguf.state every few minutes and on
 Ctrl-C: the same command with --resume goes on bit for bit.
 
 Examples:

@@ -46,6 +46,11 @@ void add_recover_options(CLI::App& cmd, converter::RecoverOptions& o) {
       ->check(finite_between(1, 1e9));
   group(cmd.add_option("--refit-ridge", o.refit_ridge, "Ridge of such a fit"))
       ->check(finite_between(0, 1e3));
+  group(cmd.add_option("--threshold-gain", o.threshold_gain,
+                       "How fast thresholds of self-routed layers follow their shares"))
+      ->check(finite_between(0, 100));
+  group(cmd.add_flag("--straight-through-inputs", o.straight_through_inputs,
+                     "Gradients pass the inputs that self-routed layers leave out"));
   group(cmd.add_option("--held-out", o.held_out, "Tokens to judge on and never train on"))
       ->check(integer_between(512, std::int64_t{1} << 30));
   group(cmd.add_option("--judge-every", o.judge_every, "Steps between two judgements"))

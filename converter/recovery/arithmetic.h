@@ -71,6 +71,22 @@ MatrixView<T> take_matrix(Context& ctx, std::int64_t rows, std::int64_t cols) {
   return {ctx.workspace.take<T>(static_cast<std::size_t>(rows * cols)).data(), rows, cols};
 }
 
+/// A buffer as a matrix.   b [rows · cols]
+template <class T>
+MatrixView<T> matrix(AlignedBuffer<T>& b, std::int64_t rows, std::int64_t cols) {
+  return {b.data(), rows, cols};
+}
+template <class T>
+MatrixView<const T> matrix(const AlignedBuffer<T>& b, std::int64_t rows, std::int64_t cols) {
+  return {b.data(), rows, cols};
+}
+
+/// The same elements, not to be changed: templates deduce no conversion.
+template <class T>
+MatrixView<const T> constant(MatrixView<T> m) {
+  return m;
+}
+
 /// fn(row, thread) for all rows, on all threads.
 template <class Fn>
 void for_each_row(Context& ctx, std::int64_t n_rows, Fn&& fn) {

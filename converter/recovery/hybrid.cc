@@ -7,9 +7,9 @@
 
 #include "converter/recovery/head.h"
 #include "converter/recovery/norm.h"
+#include "converter/recovery/unpack.h"
 #include "kernels/base/error.h"
 #include "kernels/embedding.h"
-#include "kernels/quant.h"
 
 namespace moesaic::converter {
 namespace {
@@ -30,11 +30,6 @@ class Timed {
 };
 
 template <class T>
-MatrixView<const T> constant(MatrixView<T> m) {
-  return m;
-}
-
-template <class T>
 std::vector<T> copy(std::span<const float> values) {
   return {values.begin(), values.end()};
 }
@@ -45,72 +40,15 @@ MatrixView<T> columns(MatrixView<T> m, std::int64_t first, std::int64_t n) {
   return {m.data + first, m.rows, n, m.stride};
 }
 
+double dense_multiply_adds(const models::ModelConfig& config) {
+  return 3.0 * static_cast<double>(config.d_model) * static_cast<double>(config.d_ff);
+}
+
 template <class T>
 void add(Context& ctx, MatrixView<const T> from, MatrixView<T> to) {
   for_each_row(ctx, to.rows, [&](std::int64_t t, int) {
     for (std::int64_t i = 0; i < to.cols; ++i) to.row(t)[i] += from.row(t)[i];
   });
-}
-
-// Unpacks rows one by one and hands each over; checks that they are finite.
-template <class Fn>
-void for_each_weight_row(const WeightView& w, const std::string& name, Fn&& fn) {
-  std::vector<float> row(static_cast<std::size_t>(w.cols));
-  for (std::int64_t r = 0; r < w.rows; ++r) {
-    kernels::dequantize_row(w.dtype, w.row(r), row);
-    require<FormatError>(
-        std::all_of(row.begin(), row.end(), [](float v) { return std::isfinite(v); }),
-        "{}: row {} holds a NaN or infinity, expected finite weights", name, r);
-    fn(r, row);
-  }
-}
-
-template <class P>
-void unpack(const WeightView& w, const std::string& name, MatrixView<typename P::Operand> to) {
-  std::vector<typename P::Scalar> values(static_cast<std::size_t>(w.cols));
-  for_each_weight_row(w, name, [&](std::int64_t r, const std::vector<float>& row) {
-    std::copy(row.begin(), row.end(), values.begin());
-    to_operand(values.data(), w.cols, to.row(r));
-  });
-}
-
-template <class T>
-void unpack_parameters(const WeightView& w, const std::string& name, AlignedBuffer<T>& to) {
-  for_each_weight_row(w, name, [&](std::int64_t r, const std::vector<float>& row) {
-    std::copy(row.begin(), row.end(), to.begin() + r * w.cols);
-  });
-}
-
-// Gate, up and down rows interleaved, as neurons `first` and on.
-template <class T>
-void unpack_neurons(const WeightView& w, const std::string& name, std::int64_t first,
-                    MoeParameters<T>& to) {
-  for_each_weight_row(w, name, [&](std::int64_t r, const std::vector<float>& row) {
-    AlignedBuffer<T>* parts[3] = {&to.w_gate, &to.w_up, &to.w_down};
-    std::copy(row.begin(), row.end(), parts[r % 3]->begin() + (first + r / 3) * w.cols);
-  });
-}
-
-MoeShape shape_of(const kernels::SecretMoeView& view) {
-  return {.phi = view.phi,
-          .d_model = view.d_model(),
-          .n_shared = view.n_shared(),
-          .n_experts = view.n_experts(),
-          .n_active = view.n_active,
-          .router_rank = view.router_rank(),
-          .bypass_rank = view.bypass_rank()};
-}
-
-template <class T>
-void unpack_moe(const kernels::SecretMoeView& view, const std::string& name, MoeParameters<T>& to) {
-  unpack_neurons(view.shared, name + ".shared", 0, to);
-  unpack_neurons(view.experts, name + ".experts", view.n_shared(), to);
-  unpack_parameters(view.router_v, name + ".router_v", to.router_v);
-  unpack_parameters(view.router_u, name + ".router_u", to.router_u);
-  unpack_parameters(view.bypass_q, name + ".bypass_q", to.bypass_q);
-  unpack_parameters(view.bypass_p, name + ".bypass_p", to.bypass_p);
-  std::copy(view.router_bias.begin(), view.router_bias.end(), to.router_bias.begin());
-  std::copy(view.bias.begin(), view.bias.end(), to.bias.begin());
 }
 
 }  // namespace
@@ -130,8 +68,8 @@ Hybrid<P>::Hybrid(const models::Checkpoint& checkpoint, Context& ctx, std::int64
       tapes_(recompute ? 1 : checkpoint.layers.size()),
       inputs_(checkpoint.layers.size()) {
   const std::string file = checkpoint.file->path().filename().string();
-  unpack<P>(checkpoint.head, fmt::format("{}: output.weight", file),
-            head_.reshape(checkpoint.head.rows, checkpoint.head.cols));
+  unpack_operand<P>(checkpoint.head, fmt::format("{}: output.weight", file),
+                    head_.reshape(checkpoint.head.rows, checkpoint.head.cols));
   for (int l = 0; l < n_layers(); ++l) load_layer(checkpoint, l);
   refresh();
 }
@@ -152,10 +90,10 @@ void Hybrid<P>::load_layer(const models::Checkpoint& checkpoint, int index) {
       to.w_qkv.reshape(from.w_q.rows + from.w_k.rows + from.w_v.rows, config_.d_model);
   std::int64_t row = 0;
   for (const WeightView* w : {&from.w_q, &from.w_k, &from.w_v}) {
-    unpack<P>(*w, name + ".attention", qkv.slice(row, w->rows));
+    unpack_operand<P>(*w, name + ".attention", qkv.slice(row, w->rows));
     row += w->rows;
   }
-  unpack<P>(from.w_o, name + ".attn_output", to.w_o.reshape(from.w_o.rows, from.w_o.cols));
+  unpack_operand<P>(from.w_o, name + ".attn_output", to.w_o.reshape(from.w_o.rows, from.w_o.cols));
 
   const models::ModelConfig::Layer& own = config_.layers[static_cast<std::size_t>(index)];
   to.attention = {.n_heads = config_.n_heads,
@@ -170,45 +108,96 @@ void Hybrid<P>::load_layer(const models::Checkpoint& checkpoint, int index) {
 
   if (const auto* dense = std::get_if<models::DenseMlp>(&from.mlp)) {
     to.dense.phi = dense->phi;
-    unpack<P>(dense->w_gate, name + ".ffn_gate",
-              to.dense.w_gate.reshape(dense->w_gate.rows, dense->w_gate.cols));
-    unpack<P>(dense->w_up, name + ".ffn_up",
-              to.dense.w_up.reshape(dense->w_up.rows, dense->w_up.cols));
-    unpack<P>(dense->w_down, name + ".ffn_down",
-              to.dense.w_down.reshape(dense->w_down.rows, dense->w_down.cols));
+    unpack_operand<P>(dense->w_gate, name + ".ffn_gate",
+                      to.dense.w_gate.reshape(dense->w_gate.rows, dense->w_gate.cols));
+    unpack_operand<P>(dense->w_up, name + ".ffn_up",
+                      to.dense.w_up.reshape(dense->w_up.rows, dense->w_up.cols));
+    unpack_operand<P>(dense->w_down, name + ".ffn_down",
+                      to.dense.w_down.reshape(dense->w_down.rows, dense->w_down.cols));
     return;
   }
-  const auto& view = std::get<kernels::SecretMoeView>(from.mlp);
-  const MoeShape shape = shape_of(view);
-  auto parameters = std::make_unique<MoeParameters<Scalar>>(shape);
-  unpack_moe(view, name + ".moe", *parameters);
-  std::vector<Scalar> mean(static_cast<std::size_t>(shape.n_neurons()));
-  std::copy(view.expert_mean.begin(), view.expert_mean.end(), mean.begin() + shape.n_shared);
-  auto gradient = std::make_unique<MoeParameters<Scalar>>(shape);
   to.converted = converted_.size();
-  converted_.push_back({index, MoeLayer<P>(shape, *parameters, std::move(mean)), RouterTraining{},
-                        *parameters, *gradient});
-  parameters_.push_back(std::move(parameters));
-  gradients_.push_back(std::move(gradient));
+  if (const auto* moe = std::get_if<kernels::SecretMoeView>(&from.mlp)) {
+    const MoeShape shape = shape_of(*moe);
+    auto parameters = std::make_unique<MoeParameters<Scalar>>(shape);
+    unpack(*moe, name + ".moe", *parameters);
+    std::vector<Scalar> mean(static_cast<std::size_t>(shape.n_neurons()));
+    std::copy(moe->expert_mean.begin(), moe->expert_mean.end(), mean.begin() + shape.n_shared);
+    MoeLayer<P> layer(shape, *parameters, std::move(mean));
+    to.active = static_cast<double>(models::multiply_adds(from.mlp)) / dense_multiply_adds(config_);
+    converted_.push_back(
+        {index, TrainedMoe<P>{std::move(parameters), std::make_unique<MoeParameters<Scalar>>(shape),
+                              std::move(layer), RouterTraining{}, 0}});
+    return;
+  }
+  const auto& view = std::get<kernels::SelfRoutedView>(from.mlp);
+  const SelfRoutedShape shape = shape_of(view);
+  auto parameters = std::make_unique<SelfRoutedParameters<Scalar>>(shape);
+  unpack(view, name + ".ffn", *parameters);
+  SelfRoutedLayer<P> layer(shape, *parameters, thresholds_of<Scalar>(view));
+  converted_.push_back(
+      {index, TrainedSelfRouted<P>{std::move(parameters),
+                                   std::make_unique<SelfRoutedParameters<Scalar>>(shape),
+                                   std::move(layer),
+                                   {view.input_share, view.gate_share, view.hidden_share},
+                                   false,
+                                   {}}});
 }
 
 template <class P>
-void Hybrid<P>::replace(int layer, const kernels::SecretMoeView& view) {
-  for (Converted& c : converted_) {
+void Hybrid<P>::replace(int layer, const models::Mlp& mlp) {
+  for (Converted<P>& c : converted_) {
     if (c.layer != layer) continue;
-    const MoeShape& own = c.moe.shape();
-    require<ShapeError>(view.n_shared() == own.n_shared && view.n_experts() == own.n_experts &&
-                            view.router_rank() == own.router_rank &&
-                            view.bypass_rank() == own.bypass_rank && view.d_model() == own.d_model,
-                        "layer {}: parameters of another shape", layer);
-    unpack_moe(view, fmt::format("layer {}", layer), c.parameters);
-    c.moe.refresh(ctx_);
+    const std::string name = fmt::format("layer {}", layer);
+    if (TrainedMoe<P>* moe = c.moe()) {
+      const auto* view = std::get_if<kernels::SecretMoeView>(&mlp);
+      const MoeShape& own = moe->layer.shape();
+      require<ShapeError>(
+          view != nullptr && view->n_shared() == own.n_shared &&
+              view->n_experts() == own.n_experts && view->router_rank() == own.router_rank &&
+              view->bypass_rank() == own.bypass_rank && view->d_model() == own.d_model,
+          "{}: parameters of another shape", name);
+      unpack(*view, name, *moe->parameters);
+    } else {
+      const auto* view = std::get_if<kernels::SelfRoutedView>(&mlp);
+      TrainedSelfRouted<P>& routed = *c.self_routed();
+      const SelfRoutedShape& own = routed.layer.shape();
+      require<ShapeError>(view != nullptr && view->d_model() == own.d_model &&
+                              view->d_ff() == own.d_ff && view->up_by_input == own.up_by_input,
+                          "{}: parameters of another shape", name);
+      unpack(*view, name, *routed.parameters);
+      routed.layer.set_thresholds(thresholds_of<Scalar>(*view));
+    }
+    c.refresh(ctx_);
   }
 }
 
 template <class P>
 void Hybrid<P>::refresh() {
-  for (Converted& c : converted_) c.moe.refresh(ctx_);
+  for (Converted<P>& c : converted_) c.refresh(ctx_);
+}
+
+template <class P>
+double Hybrid<P>::active_fraction() const {
+  double sum = 0;
+  for (const Layer& layer : layers_) {
+    const auto* routed = layer.converted
+                             ? std::get_if<TrainedSelfRouted<P>>(&converted_[*layer.converted].form)
+                             : nullptr;
+    if (routed == nullptr) {
+      sum += layer.active;
+    } else if (routed->seen.tokens > 0) {
+      sum += routed->seen.multiply_adds(routed->layer.shape()) / dense_multiply_adds(config_);
+    }
+  }
+  return sum / static_cast<double>(layers_.size());
+}
+
+template <class P>
+void Hybrid<P>::forget_counts() {
+  for (Converted<P>& c : converted_) {
+    if (TrainedSelfRouted<P>* routed = c.self_routed()) routed->seen = {};
+  }
 }
 
 template <class P>
@@ -323,22 +312,40 @@ void Hybrid<P>::run_layer(int index, MatrixView<Scalar> r, Tape& tape,
   const MatrixView<Scalar> x = take_matrix<Scalar>(ctx_, r.rows, r.cols);
   const MatrixView<Scalar> y = tape.mlp_out.reshape(r.rows, r.cols);
   norm_forward(ctx_, constant(r), std::span<const Scalar>(layer.mlp_norm), eps_, x);
-  if (layer.converted) {
-    const Converted& c = converted_[*layer.converted];
-    c.moe.forward(ctx_, c.router, x, contribution_rows, tape.moe, y);
-    if (feature_observer_) {
-      const std::vector<Scalar> weight = weights(constant(r), constant(y));
-      feature_observer_(*layer.converted, tape.moe.x.view(), tape.moe.f.view(), weight);
-    }
-  } else {
-    layer.dense.forward(ctx_, x, tape.dense, y);
-  }
+  mlp_forward(layer, constant(r), constant(x), contribution_rows, tape, y);
   if (layer.post_mlp_norm.empty()) {
     add(ctx_, constant(y), r);
     return;
   }
   norm_forward(ctx_, constant(y), std::span<const Scalar>(layer.post_mlp_norm), eps_, x);
   add(ctx_, constant(x), r);
+}
+
+// y = the MLP of x, the normed stream r.
+template <class P>
+void Hybrid<P>::mlp_forward(const Layer& layer, MatrixView<const Scalar> r,
+                            MatrixView<const Scalar> x, std::int64_t contribution_rows, Tape& tape,
+                            MatrixView<Scalar> y) {
+  if (!layer.converted) {
+    layer.dense.forward(ctx_, x, tape.dense, y);
+    return;
+  }
+  const std::size_t index = *layer.converted;
+  Converted<P>& c = converted_[index];
+  if (const TrainedMoe<P>* moe = c.moe()) {
+    moe->layer.forward(ctx_, moe->router, x, contribution_rows, tape.moe, y);
+    if (feature_observer_) {
+      feature_observer_(index, tape.moe.x.view(), tape.moe.f.view(), weights(r, constant(y)));
+    }
+    return;
+  }
+  TrainedSelfRouted<P>& routed = *c.self_routed();
+  routed.layer.forward(ctx_, x, tape.self_routed, y);
+  if (input_observer_) {
+    input_observer_(index, x, weights(r, constant(y)));
+    routed.layer.forward(ctx_, x, tape.self_routed, y);
+  }
+  routed.seen.add(tape.self_routed.counts);
 }
 
 template <class P>
@@ -378,18 +385,21 @@ double Hybrid<P>::mlp_backward_block(Layer& layer, std::int64_t n_step, Tape& ta
   MatrixView<Scalar> dx;
   if (need_dr) dx = take_matrix<Scalar>(ctx_, m, dr.cols);
   double auxiliary = 0;
-  if (layer.converted) {
-    Converted& c = converted_[*layer.converted];
+  if (!layer.converted) {
+    layer.dense.backward(ctx_, dy, tape.dense, dx);
+  } else if (TrainedMoe<P>* moe = converted_[*layer.converted].moe()) {
     const std::vector<Scalar> weight = weights(r_mid, out);
     if (observer_) {
       const MatrixView<const Operand> contribution = tape.moe.contribution.view();
       observer_(*layer.converted, constant(tape.moe.x.view()).slice(0, contribution.rows),
                 contribution, std::span(weight).first(static_cast<std::size_t>(contribution.rows)));
     }
-    auxiliary = c.auxiliary = c.moe.backward(ctx_, c.router, dy, weight,
-                                             static_cast<double>(n_step), tape.moe, c.gradient, dx);
+    auxiliary = moe->auxiliary = moe->layer.backward(
+        ctx_, moe->router, dy, weight, static_cast<double>(n_step), tape.moe, *moe->gradient, dx);
   } else {
-    layer.dense.backward(ctx_, dy, tape.dense, dx);
+    TrainedSelfRouted<P>& routed = *converted_[*layer.converted].self_routed();
+    routed.layer.backward(ctx_, routed.straight_through, dy, tape.self_routed, *routed.gradient,
+                          dx);
   }
   if (need_dr) {
     norm_backward(ctx_, r_mid, std::span<const Scalar>(layer.mlp_norm), eps_, constant(dx), true,
@@ -476,7 +486,9 @@ typename Hybrid<P>::Losses Hybrid<P>::gradients(std::span<const std::int32_t> to
     const Timed timed(times_.attention_backward);
     attention_backward_block(layer, input, tape(l), dr);
   }
-  losses.auxiliary /= static_cast<double>(std::max<std::size_t>(1, converted_.size()));
+  const auto n_routers = std::count_if(converted_.begin(), converted_.end(),
+                                       [](auto& c) { return c.moe() != nullptr; });
+  losses.auxiliary /= static_cast<double>(std::max<std::ptrdiff_t>(1, n_routers));
   return losses;
 }
 

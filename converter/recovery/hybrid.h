@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "converter/recovery/attention.h"
+#include "converter/recovery/converted.h"
 #include "converter/recovery/dense.h"
-#include "converter/recovery/moe.h"
 #include "converter/recovery/rotary.h"
 #include "models/transformer.h"
 
@@ -22,7 +22,7 @@ struct StepTimes {
 };
 
 /// A hybrid checkpoint as training sees it: embeddings, attention, norms, head and dense MLPs
-/// frozen, the secret-MoE layers' parameters free. Forward as models::Transformer, on windows of
+/// frozen, the converted layers' parameters free. Forward as models::Transformer, on windows of
 /// text that each begin at position 0; backward by hand. P: Float64, Float32 or Bfloat16
 /// (arithmetic.h).
 template <class P>
@@ -39,16 +39,16 @@ class Hybrid {
   /// Takes the parameters over after they changed.
   void refresh();
 
-  /// Takes over the parameters of a converted layer as a file holds them. Throws ShapeError if it
-  /// is another layer's shape.
-  void replace(int layer, const kernels::SecretMoeView& view);
+  /// Takes over the parameters of a converted layer as a file holds them, the thresholds too.
+  /// Throws ShapeError if it is another layer's form or shape.
+  void replace(int layer, const models::Mlp& mlp);
 
   /// h = the final normed hidden states.   tokens [n] whole windows, h [n, d_model]
   void forward(std::span<const std::int32_t> tokens, MatrixView<Operand> h);
 
   struct Losses {
     double kl = 0;         // Σ over rows
-    double auxiliary = 0;  // regression loss of the routers, mean over converted layers
+    double auxiliary = 0;  // regression loss of the routers, mean over secret-MoE layers
   };
 
   /// KL divergence from the teacher, Σ over rows, and no gradients. `teacher` [n, d_model]: the
@@ -62,18 +62,15 @@ class Hybrid {
   Losses gradients(std::span<const std::int32_t> tokens, MatrixView<const Operand> teacher,
                    std::int64_t n_step);
 
-  // Converted layers, in order.
-  struct Converted {
-    int layer = 0;
-    MoeLayer<P> moe;
-    RouterTraining router;
-    MoeParameters<Scalar>& parameters;
-    MoeParameters<Scalar>& gradient;
-    double auxiliary = 0;  // its regression loss in the last gradients()
-  };
-  std::vector<Converted>& converted() { return converted_; }
+  /// Converted layers, in order.
+  std::vector<Converted<P>>& converted() { return converted_; }
 
-  /// Called in gradients() for each converted layer before its backward, with the operands x and c
+  /// Multiply-adds of the MLPs over those of dense ones, mean over all layers; those of self-routed
+  /// layers as counted in every pass since forget_counts().
+  double active_fraction() const;
+  void forget_counts();
+
+  /// Called in gradients() for each secret-MoE layer before its backward, with the operands x and c
   /// of its first `contribution_rows` rows and their weights ω.
   using ContributionObserver =
       std::function<void(std::size_t index, MatrixView<const Operand> x,
@@ -83,12 +80,18 @@ class Hybrid {
     observer_ = std::move(observer);
   }
 
-  /// Called in forward() for each converted layer with its operands x [n, d_model] and f
+  /// Called in forward() for each secret-MoE layer with its operands x [n, d_model] and f
   /// [n, n_neurons] (mask ⊙ (activations − μ)) and ω, while set.
   using FeatureObserver =
       std::function<void(std::size_t index, MatrixView<const Operand> x,
                          MatrixView<const Operand> f, std::span<const Scalar> weight)>;
   void observe_features(FeatureObserver observer) { feature_observer_ = std::move(observer); }
+
+  /// Called in forward() for each self-routed layer with its input x [n, d_model] and ω, while set,
+  /// before its output is computed for good: may replace() the layer.
+  using InputObserver = std::function<void(std::size_t index, MatrixView<const Scalar> x,
+                                           std::span<const Scalar> weight)>;
+  void observe_inputs(InputObserver observer) { input_observer_ = std::move(observer); }
 
   MatrixView<const Operand> head() const { return head_.view(); }
   StepTimes& times() { return times_; }
@@ -104,6 +107,7 @@ class Hybrid {
     const RotaryTable<Scalar>* rotary = nullptr;
     DenseLayer<P> dense;
     std::optional<std::size_t> converted;  // index
+    double active = 1;  // multiply-adds over the dense MLP's, unless they vary with the token
   };
   struct Tape {
     Storage<Scalar> qkv;         // after norms and rotation
@@ -113,6 +117,7 @@ class Hybrid {
     Storage<Scalar> r_mid;       // the stream before the MLP
     Storage<Scalar> mlp_out;     // where a norm follows
     MoeTape<P> moe;
+    SelfRoutedTape<P> self_routed;
     DenseTape<P> dense;
   };
 
@@ -121,6 +126,8 @@ class Hybrid {
   void attention_block(const Layer& layer, MatrixView<Scalar> r, Tape& tape);
   void attention_backward_block(const Layer& layer, MatrixView<const Scalar> r_in, Tape& tape,
                                 MatrixView<Scalar> dr);
+  void mlp_forward(const Layer& layer, MatrixView<const Scalar> r, MatrixView<const Scalar> x,
+                   std::int64_t contribution_rows, Tape& tape, MatrixView<Scalar> y);
   double mlp_backward_block(Layer& layer, std::int64_t n_step, Tape& tape, bool need_dr,
                             MatrixView<Scalar> dr);
   std::vector<Scalar> weights(MatrixView<const Scalar> r, MatrixView<const Scalar> y) const;
@@ -139,13 +146,13 @@ class Hybrid {
   Storage<Operand> head_;
   std::map<double, RotaryTable<Scalar>> rotaries_;
   std::vector<Layer> layers_;
-  std::vector<std::unique_ptr<MoeParameters<Scalar>>> parameters_, gradients_;
-  std::vector<Converted> converted_;
+  std::vector<Converted<P>> converted_;
   std::vector<Tape> tapes_;
   std::vector<Storage<Scalar>> inputs_;  // [n_layers] the stream before each layer
   std::int64_t contribution_rows_ = 0;
   ContributionObserver observer_;
   FeatureObserver feature_observer_;
+  InputObserver input_observer_;
   StepTimes times_;
 };
 

@@ -11,21 +11,6 @@ namespace {
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-template <class T>
-MatrixView<const T> matrix(const AlignedBuffer<T>& b, std::int64_t rows, std::int64_t cols) {
-  return {b.data(), rows, cols};
-}
-
-template <class T>
-MatrixView<T> matrix(AlignedBuffer<T>& b, std::int64_t rows, std::int64_t cols) {
-  return {b.data(), rows, cols};
-}
-
-template <class T>
-MatrixView<const T> constant(MatrixView<T> m) {
-  return m;
-}
-
 // to[j] += Σ_t m[t, j], threads splitting the columns.
 template <class T>
 void add_rows(Context& ctx, MatrixView<const T> m, std::span<T> to) {

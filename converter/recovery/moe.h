@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -42,6 +43,8 @@ struct MoeParameters {
   std::vector<std::span<T>> tensors();
   static constexpr std::size_t kTensors = 9;
   static constexpr std::size_t kFirstOfRouter = 6;
+  static constexpr std::array<const char*, kTensors> kNames = {
+      "gate", "up", "down", "bypass_q", "bypass_p", "bias", "router_v", "router_u", "router_bias"};
 };
 
 /// How the router learns beside the rest of the layer.

@@ -1,5 +1,6 @@
 #include "converter/recovery/moments.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace moesaic::converter {
@@ -18,6 +19,17 @@ MatrixView<const std::uint16_t> take_weighted(Context& ctx, MatrixView<const std
     to_operand(row, cols, out.row(t));
   });
   return out;
+}
+
+DMatrix moment_factor(const AlignedBuffer<float>& moments, std::int64_t n) {
+  DMatrix sum(n, n);
+  std::copy(moments.begin(), moments.end(), sum.data.begin());
+  double trace = 0;
+  for (std::int64_t i = 0; i < n; ++i) trace += sum.at(i, i);
+  for (std::int64_t i = 0; i < n; ++i) {
+    sum.at(i, i) += 0.01 * trace / static_cast<double>(n) + 1e-30;
+  }
+  return cholesky(std::move(sum));
 }
 
 }  // namespace moesaic::converter

@@ -1,9 +1,11 @@
 #include "converter/recovery/pack.h"
 
 #include <algorithm>
+#include <map>
 
 #include "converter/linalg.h"
 #include "converter/recovery/moments.h"
+#include "converter/recovery/pack_self_routed.h"
 #include "converter/rounding.h"
 #include "converter/student.h"
 #include "engine/monitor.h"
@@ -50,70 +52,121 @@ Student to_student(const MoeLayer<Bfloat16>& layer) {
   return out;
 }
 
-// Lower Cholesky factor of the moments; what was never seen (an expert that no token selected) is
-// held by a hundredth of the mean diagonal.
-DMatrix factor(const AlignedBuffer<float>& moments, std::int64_t n) {
-  DMatrix sum(n, n);
-  std::copy(moments.begin(), moments.end(), sum.data.begin());
-  double trace = 0;
-  for (std::int64_t i = 0; i < n; ++i) trace += sum.at(i, i);
-  for (std::int64_t i = 0; i < n; ++i) {
-    sum.at(i, i) += 0.01 * trace / static_cast<double>(n) + 1e-30;
+// The text that rounding goes by, spread over what was trained on.
+std::vector<std::int32_t> rounding_text(const Trainer& trainer, std::int64_t n_windows) {
+  std::vector<std::int32_t> tokens;
+  for (std::int64_t w = 0; w < n_windows; ++w) {
+    const auto ids = trainer.window(w * trainer.n_train_windows() / n_windows);
+    tokens.insert(tokens.end(), ids.begin(), ids.end());
   }
-  return cholesky(std::move(sum));
+  return tokens;
 }
 
-}  // namespace
+void pass(Context& ctx, Hybrid<Bfloat16>& model, std::span<const std::int32_t> tokens) {
+  const Workspace::Scope scope(ctx.workspace);
+  const auto n = static_cast<std::int64_t>(tokens.size());
+  model.forward(tokens, take_matrix<std::uint16_t>(ctx, n, model.head().cols));
+}
 
-std::vector<std::pair<int, models::PackedSecretMoe>> pack_trained(Context& ctx, Trainer& trainer,
-                                                                  const models::Checkpoint& hybrid,
-                                                                  std::int64_t n_windows,
-                                                                  engine::Monitor& monitor) {
-  Hybrid<Bfloat16>& model = trainer.model();
-  n_windows = std::min(n_windows, trainer.n_train_windows());
-  std::vector<Moments> moments;
-  for (const auto& c : model.converted()) {
-    const auto n = static_cast<std::size_t>(c.moe.shape().n_neurons());
-    const auto d = static_cast<std::size_t>(c.moe.shape().d_model);
-    moments.push_back({AlignedBuffer<float>(d * d), AlignedBuffer<float>(n * n)});
+const models::Mlp& mlp_of(const models::Checkpoint& hybrid, const Converted<Bfloat16>& c) {
+  return hybrid.layers[static_cast<std::size_t>(c.layer)].mlp;
+}
+
+void pack_secret_moes(Context& ctx, Hybrid<Bfloat16>& model, const models::Checkpoint& hybrid,
+                      std::optional<DType> type, std::span<const std::int32_t> tokens,
+                      std::int64_t n_windows, engine::Monitor& monitor, PackedLayers& packed) {
+  std::map<std::size_t, Moments> moments;
+  for (std::size_t i = 0; i < model.converted().size(); ++i) {
+    const TrainedMoe<Bfloat16>* moe = model.converted()[i].moe();
+    if (moe == nullptr) continue;
+    const auto n = static_cast<std::size_t>(moe->layer.shape().n_neurons());
+    const auto d = static_cast<std::size_t>(moe->layer.shape().d_model);
+    moments[i] = {AlignedBuffer<float>(d * d), AlignedBuffer<float>(n * n)};
   }
+  if (moments.empty()) return;
   model.observe_features([&](std::size_t index, MatrixView<const std::uint16_t> x,
                              MatrixView<const std::uint16_t> f, std::span<const float> weight) {
     const Workspace::Scope scope(ctx.workspace);
     const auto xw = take_weighted(ctx, x, weight, false);
     const auto fw = take_weighted(ctx, f, weight, false);
-    kernels::gemm(ctx, true, false, 1, xw, xw, 1, {moments[index].xx.data(), x.cols, x.cols});
-    kernels::gemm(ctx, true, false, 1, fw, fw, 1, {moments[index].ff.data(), f.cols, f.cols});
+    Moments& own = moments.at(index);
+    kernels::gemm(ctx, true, false, 1, xw, xw, 1, {own.xx.data(), x.cols, x.cols});
+    kernels::gemm(ctx, true, false, 1, fw, fw, 1, {own.ff.data(), f.cols, f.cols});
   });
-  monitor.stage("round what was trained",
-                n_windows + static_cast<std::int64_t>(model.converted().size()));
+  monitor.stage("round what was trained", n_windows + static_cast<std::int64_t>(moments.size()));
   std::int64_t done = 0;
+  const std::size_t window = tokens.size() / static_cast<std::size_t>(n_windows);
   for (std::int64_t w = 0; w < n_windows; ++w) {
     monitor.check();
-    const Workspace::Scope scope(ctx.workspace);
-    // Spread over the text.
-    const auto ids = trainer.window(w * trainer.n_train_windows() / n_windows);
-    model.forward(ids, take_matrix<std::uint16_t>(ctx, static_cast<std::int64_t>(ids.size()),
-                                                  model.head().cols));
+    pass(ctx, model, tokens.subspan(static_cast<std::size_t>(w) * window, window));
     monitor.advance(++done, "");
   }
   model.observe_features({});
-
-  std::vector<std::pair<int, models::PackedSecretMoe>> packed;
-  for (std::size_t i = 0; i < model.converted().size(); ++i) {
+  for (auto& [i, own] : moments) {
     monitor.check();
-    const auto& c = model.converted()[i];
-    const auto& view =
-        std::get<kernels::SecretMoeView>(hybrid.layers[static_cast<std::size_t>(c.layer)].mlp);
-    Student student = to_student(c.moe);
-    const MoeShape& s = c.moe.shape();
-    round_inputs_to(ctx, student, factor(moments[i].xx, s.d_model), view.experts.dtype,
-                    view.router_v.dtype);
+    Converted<Bfloat16>& c = model.converted()[i];
+    const auto& view = std::get<kernels::SecretMoeView>(mlp_of(hybrid, c));
+    const MoeLayer<Bfloat16>& layer = c.moe()->layer;
+    Student student = to_student(layer);
+    const MoeShape& s = layer.shape();
+    const DType dtype = type.value_or(view.experts.dtype);
+    round_inputs_to(ctx, student, moment_factor(own.xx, s.d_model), dtype, view.router_v.dtype);
     round_outputs(ctx, {student.neurons.w_down.data(), s.n_neurons(), s.d_model},
-                  factor(moments[i].ff, s.n_neurons()), view.experts.dtype);
-    packed.emplace_back(c.layer, pack(student, view.experts.dtype, view.router_v.dtype));
+                  moment_factor(own.ff, s.n_neurons()), dtype);
+    packed[i].second = pack(student, dtype, view.router_v.dtype);
     monitor.advance(++done, "");
   }
+  for (const auto& [i, own] : moments) {
+    model.replace(packed[i].first, view(packed[i].second));
+  }
+}
+
+void pack_self_routed_layers(Context& ctx, Hybrid<Bfloat16>& model,
+                             const models::Checkpoint& hybrid, std::optional<DType> type,
+                             std::span<const std::int32_t> tokens, engine::Monitor& monitor,
+                             PackedLayers& packed) {
+  std::vector<std::size_t> layers;
+  for (std::size_t i = 0; i < packed.size(); ++i) {
+    if (model.converted()[i].self_routed() != nullptr) layers.push_back(i);
+  }
+  if (layers.empty()) return;
+  monitor.stage("round what was trained", static_cast<std::int64_t>(layers.size()));
+  std::int64_t done = 0;
+  model.observe_inputs([&](std::size_t index, ConstMatrix x, std::span<const float> weight) {
+    monitor.check();
+    Converted<Bfloat16>& c = model.converted()[index];
+    packed[index].second =
+        pack_self_routed(ctx, *c.self_routed(),
+                         std::get<kernels::SelfRoutedView>(mlp_of(hybrid, c)), type, x, weight);
+    model.replace(c.layer, view(packed[index].second));
+    monitor.advance(++done, "");
+  });
+  model.forget_counts();
+  pass(ctx, model, tokens);
+  model.observe_inputs({});
+  for (const std::size_t i : layers) {
+    const TrainedSelfRouted<Bfloat16>& routed = *model.converted()[i].self_routed();
+    auto& own = std::get<models::PackedSelfRouted>(packed[i].second);
+    const SelfRoutedTriple shares = routed.seen.shares(routed.layer.shape());
+    own.input_share = shares[kInput];
+    own.gate_share = shares[kGate];
+    own.hidden_share = shares[kHidden];
+  }
+}
+
+}  // namespace
+
+PackedLayers pack_trained(Context& ctx, Trainer& trainer, const models::Checkpoint& hybrid,
+                          std::optional<DType> type, std::int64_t n_windows,
+                          engine::Monitor& monitor) {
+  Hybrid<Bfloat16>& model = trainer.model();
+  n_windows = std::min(n_windows, trainer.n_train_windows());
+  const std::vector<std::int32_t> tokens = rounding_text(trainer, n_windows);
+  PackedLayers packed;
+  for (const Converted<Bfloat16>& c : model.converted())
+    packed.emplace_back(c.layer, PackedLayer());
+  pack_secret_moes(ctx, model, hybrid, type, tokens, n_windows, monitor, packed);
+  pack_self_routed_layers(ctx, model, hybrid, type, tokens, monitor, packed);
   return packed;
 }
 

@@ -1,20 +1,21 @@
 #pragma once
 
-#include <span>
-#include <vector>
+#include <optional>
 
+#include "converter/recovery/packed.h"
 #include "converter/recovery/trainer.h"
 #include "engine/monitor.h"
-#include "models/secret_moe_file.h"
 
 namespace moesaic::converter {
 
-/// Rounds the trained layers to the formats that `hybrid` holds them in: gate, up and down rows
-/// each jointly (rounding.h), in the moments of their inputs x and features f over up to
-/// `n_windows` of the training windows. Returns the converted layers in order.
-std::vector<std::pair<int, models::PackedSecretMoe>> pack_trained(Context& ctx, Trainer& trainer,
-                                                                  const models::Checkpoint& hybrid,
-                                                                  std::int64_t n_windows,
-                                                                  engine::Monitor& monitor);
+/// Rounds the trained layers to the formats that `hybrid` holds them in, or to `type`, over up to
+/// `n_windows` of the training windows, and puts what was rounded into the trainer's model. Secret
+/// MoE layers first: gate, up and down rows each jointly (rounding.h), in the moments of their
+/// inputs x and features f in the model as it was trained. Then self-routed ones, one after the
+/// other, so that each meets the inputs that it will have (pack_self_routed.h); their shares are
+/// measured anew. Returns the converted layers in order.
+PackedLayers pack_trained(Context& ctx, Trainer& trainer, const models::Checkpoint& hybrid,
+                          std::optional<DType> type, std::int64_t n_windows,
+                          engine::Monitor& monitor);
 
 }  // namespace moesaic::converter

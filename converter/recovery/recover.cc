@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "converter/recovery/pack.h"
+#include "converter/recovery/pack_self_routed.h"
 #include "converter/recovery/trainer.h"
+#include "models/architecture.h"
 #include "models/gguf_writer.h"
 
 namespace moesaic::converter {
@@ -29,9 +32,12 @@ struct Running {
 // What the saved training says of the report.
 std::string to_note(const RecoveryReport& report, const Running& running) {
   Json curve = Json::array();
-  for (const auto& p : report.curve) curve.push_back({p.tokens, p.kl, p.auxiliary, p.held_out});
+  for (const auto& p : report.curve) {
+    curve.push_back({p.tokens, p.kl, p.auxiliary, p.held_out, p.active});
+  }
   return Json{{"seconds", report.seconds},
               {"kl_start", report.kl_start},
+              {"active_start", report.active_start},
               {"running", {running.kl, running.auxiliary, running.n}},
               {"curve", curve}}
       .dump();
@@ -43,10 +49,11 @@ void from_note(const std::string& note, const std::filesystem::path& file, Recov
     const Json json = Json::parse(note);
     report.seconds = json.at("seconds");
     report.kl_start = json.at("kl_start");
+    report.active_start = json.at("active_start");
     const Json& sums = json.at("running");
     running = {sums.at(0), sums.at(1), sums.at(2)};
     for (const auto& p : json.at("curve")) {
-      report.curve.push_back({p.at(0), p.at(1), p.at(2), p.at(3)});
+      report.curve.push_back({p.at(0), p.at(1), p.at(2), p.at(3), p.at(4)});
     }
   } catch (const nlohmann::json::exception& e) {
     throw FormatError(fmt::format("{}: its note is damaged: {}", file.string(), e.what()));
@@ -74,6 +81,12 @@ void train(Trainer& trainer, const RecoverOptions& options, const std::filesyste
   Clock::time_point saved = start;
   const double seconds_before = report.seconds;
   const std::int64_t first_step = trainer.step_index();
+  auto& converted = trainer.model().converted();
+  const bool routers =
+      std::any_of(converted.begin(), converted.end(), [](auto& c) { return c.moe() != nullptr; });
+  const auto routers_note = [&](double loss) {
+    return routers ? fmt::format(", routers {:.3f}", loss) : std::string();
+  };
   const auto save = [&] {
     report.seconds = seconds_before + since(start);
     trainer.save(state, to_note(report, running));
@@ -92,19 +105,21 @@ void train(Trainer& trainer, const RecoverOptions& options, const std::filesyste
     const std::int64_t step = trainer.step_index();
     const double rate =
         static_cast<double>((step - first_step) * options.batch) / std::max(1e-9, since(start));
-    monitor.advance(step, fmt::format("KL {:.4f}, routers {:.3f}, {:.0f} tokens/s", result.kl,
-                                      result.auxiliary, rate));
+    monitor.advance(step, fmt::format("KL {:.4f}{}, {:.0f} tokens/s", result.kl,
+                                      routers_note(result.auxiliary), rate));
     if (step % options.judge_every == 0 || trainer.done()) {
       const auto n = static_cast<double>(running.n);
+      const Judgement judgement = trainer.judge();
       const RecoveryReport::Point point{.tokens = step * options.batch,
                                         .kl = running.kl / n,
                                         .auxiliary = running.auxiliary / n,
-                                        .held_out = trainer.held_out_divergence()};
+                                        .held_out = judgement.kl,
+                                        .active = judgement.active};
       monitor.line(fmt::format(
-          "step {} of {}, {} tokens: KL {:.4f}, held out {:.4f}, routers {:.3f}, norm {:.3f}, "
+          "step {} of {}, {} tokens: KL {:.4f}, held out {:.4f} at {:.3f} active{}, norm {:.3f}, "
           "{:.0f} tokens/s",
-          step, trainer.n_steps(), point.tokens, point.kl, point.held_out, point.auxiliary,
-          result.gradient_norm, rate));
+          step, trainer.n_steps(), point.tokens, point.kl, point.held_out, point.active,
+          routers_note(point.auxiliary), result.gradient_norm, rate));
       report.curve.push_back(point);
       running = {};
     }
@@ -114,12 +129,50 @@ void train(Trainer& trainer, const RecoverOptions& options, const std::filesyste
   if (trainer.step_index() > first_step) monitor.line(breakdown(trainer, since(start)));
 }
 
+// Refuses before the training what could not be written after it.
+void check_types(const models::Checkpoint& hybrid, std::optional<DType> type) {
+  for (const models::LayerWeights& layer : hybrid.layers) {
+    if (const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
+      writable_type(moe->experts.dtype, type, moe->d_model());
+    } else if (const auto* routed = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
+      writable_type(routed->w_gate.dtype, type, routed->d_model());
+      writable_type(routed->w_down.dtype, type, routed->d_ff());
+    }
+  }
+}
+
+// The metadata that tells the shares of self-routed layers, if there are any.
+void set_shares(const models::GgufFile& hybrid, const Recovered& recovered,
+                models::GgufWriter& writer) {
+  using models::PackedSelfRouted;
+  bool any = false;
+  for (const auto& [key, share] :
+       {std::pair{models::kKeyInputShare, &PackedSelfRouted::input_share},
+        {models::kKeyGateShare, &PackedSelfRouted::gate_share},
+        {models::kKeyHiddenShare, &PackedSelfRouted::hidden_share}}) {
+    if (hybrid.find(key) == nullptr) continue;
+    std::vector<double> shares = hybrid.get_floats(key);
+    for (const auto& [layer, packed] : recovered.layers) {
+      const auto* routed = std::get_if<PackedSelfRouted>(&packed);
+      if (routed == nullptr) continue;
+      shares.at(static_cast<std::size_t>(layer)) = static_cast<double>(routed->*share);
+      any = true;
+    }
+    writer.set(std::string(key), models::GgufValue::f32_array(std::move(shares)));
+  }
+  if (any) {
+    writer.set(std::string(models::kKeyActiveFraction),
+               models::GgufValue::f32(static_cast<float>(recovered.active_fraction)));
+  }
+}
+
 }  // namespace
 
 Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
                   std::shared_ptr<const models::Checkpoint> hybrid,
                   std::span<const std::int32_t> tokens, const RecoverOptions& options,
                   const std::filesystem::path& state, Context& ctx, engine::Monitor& monitor) {
+  check_types(*hybrid, options.expert_type);
   Recovered out;
   RecoveryReport& report = out.report;
   Trainer trainer(dense, *hybrid, ctx, tokens, options);
@@ -129,19 +182,33 @@ Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
     monitor.line(fmt::format("recovery goes on after step {} of {}", trainer.step_index(),
                              trainer.n_steps()));
   } else {
-    report.kl_start = trainer.held_out_divergence();
-    monitor.line(fmt::format("before recovery: KL {:.4f} on held-out text", report.kl_start));
+    const Judgement start = trainer.judge();
+    report.kl_start = start.kl;
+    report.active_start = start.active;
+    monitor.line(fmt::format("before recovery: KL {:.4f} on held-out text at {:.3f} active",
+                             start.kl, start.active));
   }
   train(trainer, options, state, report, running, monitor);
   const Clock::time_point start = Clock::now();
   report.tokens = trainer.n_steps() * options.batch;
-  report.kl_trained = trainer.held_out_divergence();
-  out.layers = pack_trained(ctx, trainer, *hybrid, kRoundingTokens / options.n_ctx, monitor);
-  for (auto& [layer, packed] : out.layers) trainer.model().replace(layer, packed.view());
-  report.kl_packed = trainer.held_out_divergence();
+  const Judgement trained = trainer.judge();
+  report.kl_trained = trained.kl;
+  report.active_trained = trained.active;
+  out.layers = pack_trained(ctx, trainer, *hybrid, options.expert_type,
+                            kRoundingTokens / options.n_ctx, monitor);
+  models::Checkpoint written = *hybrid;
+  for (const auto& [layer, packed] : out.layers) {
+    written.layers[static_cast<std::size_t>(layer)].mlp = view(packed);
+  }
+  out.active_fraction = written.active_fraction();
+  const Judgement packed = trainer.judge();
+  report.kl_packed = packed.kl;
+  report.active_packed = packed.active;
   report.seconds += since(start);
-  monitor.line(fmt::format("after recovery: KL {:.4f} on held-out text, {:.4f} as written",
-                           report.kl_trained, report.kl_packed));
+  monitor.line(
+      fmt::format("after recovery: KL {:.4f} on held-out text at {:.3f} active, {:.4f} at {:.3f} "
+                  "as written",
+                  trained.kl, trained.active, packed.kl, packed.active));
   return out;
 }
 
@@ -156,17 +223,33 @@ void write_recovered(const models::GgufFile& hybrid, const Recovered& recovered,
              GgufValue::f32(static_cast<float>(recovered.report.kl_start)));
   writer.set("moesaic.recovery.kl_end",
              GgufValue::f32(static_cast<float>(recovered.report.kl_packed)));
-  std::vector<bool> written(recovered.layers.size(), false);
-  for (const models::GgufTensor& t : hybrid.tensors()) {
-    bool replaced = false;
-    for (std::size_t i = 0; i < recovered.layers.size(); ++i) {
-      const auto& [layer, packed] = recovered.layers[i];
-      if (!t.name.starts_with(fmt::format("blk.{}.moe.", layer))) continue;
-      if (!written[i]) packed.add_to(writer, layer);
-      written[i] = replaced = true;
+  set_shares(hybrid, recovered, writer);
+  const models::LayerTensorNames& names =
+      models::find_architecture(hybrid.get_string("general.architecture"))->layer;
+  // Tensors by name; those of a secret MoE stand together in the place of its first.
+  std::map<std::string, models::PackedSelfRouted::Tensor, std::less<>> replaced;
+  std::map<std::string, std::pair<int, const models::PackedSecretMoe*>> moes;
+  for (const auto& [layer, packed] : recovered.layers) {
+    if (const auto* moe = std::get_if<models::PackedSecretMoe>(&packed)) {
+      moes[fmt::format("blk.{}.moe.", layer)] = {layer, moe};
+    } else {
+      for (auto& t : std::get<models::PackedSelfRouted>(packed).tensors(names, layer)) {
+        replaced[t.name] = t;
+      }
     }
-    if (!replaced) {
+  }
+  for (const models::GgufTensor& t : hybrid.tensors()) {
+    if (const auto own = replaced.find(t.name); own != replaced.end()) {
+      writer.add_tensor(t.name, own->second.dtype, own->second.dims, own->second.data);
+      continue;
+    }
+    const auto moe = std::find_if(moes.begin(), moes.end(),
+                                  [&](const auto& m) { return t.name.starts_with(m.first); });
+    if (moe == moes.end()) {
       writer.add_tensor(t.name, t.dtype, t.dims, {t.data, static_cast<std::size_t>(t.bytes)});
+    } else if (auto& [layer, packed] = moe->second; packed != nullptr) {
+      packed->add_to(writer, layer);
+      packed = nullptr;
     }
   }
   writer.write(output);

@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "converter/recovery/options.h"
+#include "converter/recovery/packed.h"
 #include "engine/monitor.h"
-#include "models/secret_moe_file.h"
 #include "models/transformer.h"
 
 namespace moesaic::converter {
@@ -21,33 +21,37 @@ struct RecoveryReport {
     double kl = 0;            // mean over the steps since the last point, nats a token
     double auxiliary = 0;     // routers' regression loss over what it was at the start, likewise
     double held_out = 0;      // KL on held-out text
+    double active = 0;        // multiply-adds of the MLPs over the dense ones' there
   };
   std::int64_t tokens = 0;
-  double seconds = 0;     // of all runs
-  double kl_start = 0;    // held-out text, before
-  double kl_trained = 0;  // after, parameters in float32
-  double kl_packed = 0;   // after, in the formats of the file
+  double seconds = 0;  // of all runs
+  // Held-out text: before, after in float32, after in the formats of the file. KL divergence in
+  // nats a token; multiply-adds of the MLPs over the dense ones', mean over layers.
+  double kl_start = 0, kl_trained = 0, kl_packed = 0;
+  double active_start = 0, active_trained = 0, active_packed = 0;
   std::vector<Point> curve;
 };
 
 struct Recovered {
-  std::vector<std::pair<int, models::PackedSecretMoe>> layers;  // converted layers, in order
+  PackedLayers layers;
+  double active_fraction = 0;  // of the hybrid with them, by its description
   RecoveryReport report;
 };
 
-/// Step 7 of DESIGN.md section 2: trains a hybrid's experts, shared neurons, bypass, bias and
-/// routers on the KL divergence from the dense model over windows of `tokens`, then rounds what was
-/// trained to the file's formats, gate, up and down rows jointly (rounding.h) in the moments of
-/// what they meet. The training is saved in `state` every few minutes and when the user interrupts;
-/// if the file is there already, it goes on from there, bit for bit. Throws Interrupted (state
-/// kept), InputError, Error (NaN), IoError.
+/// Step 7 of DESIGN.md section 2: trains a hybrid's converted layers (experts, shared neurons,
+/// bypass, bias and routers; the matrices of self-routed ones, whose thresholds follow so that
+/// their shares stay) on the KL divergence from the dense model over windows of `tokens`, then
+/// rounds what was trained to the file's formats (pack.h). The training is saved in `state` every
+/// few minutes and when the user interrupts; if the file is there already, it goes on from there,
+/// bit for bit. Throws Interrupted (state kept), InputError, Error (NaN), IoError.
 Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
                   std::shared_ptr<const models::Checkpoint> hybrid,
                   std::span<const std::int32_t> tokens, const RecoverOptions& options,
                   const std::filesystem::path& state, Context& ctx, engine::Monitor& monitor);
 
 /// Writes the hybrid again with the recovered layers in the places of its own, and
-/// moesaic.recovery.{tokens (u64), kl_start, kl_end (f32)}; the rest as it was. Atomic.
+/// moesaic.recovery.{tokens (u64), kl_start, kl_end (f32)}; with self-routed layers their shares
+/// and the active fraction, too. The rest as it was. Atomic.
 void write_recovered(const models::GgufFile& hybrid, const Recovered& recovered,
                      const std::filesystem::path& output);
 

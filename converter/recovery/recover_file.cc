@@ -16,7 +16,7 @@ void check_pair(const models::Checkpoint& dense, const models::Checkpoint& hybri
                 const std::string& dense_digest) {
   const std::string path = hybrid.file->path().string();
   require<InputError>(models::is_hybrid(*hybrid.file),
-                      "{}: has no secret-MoE layer, expected a hybrid to recover", path);
+                      "{}: has no converted layer, expected a hybrid to recover", path);
   const std::string source = hybrid.file->get_string(models::kKeySourceDigest);
   require<InputError>(source == dense_digest,
                       "{}: was made of the checkpoint with SHA-256 {}, {} has {}", path, source,
@@ -43,6 +43,10 @@ std::string options_json(const RecoverOptions& o) {
               {"refit_every", o.refit_every},
               {"refit_memory", o.refit_memory},
               {"refit_ridge", o.refit_ridge},
+              {"threshold_gain", o.threshold_gain},
+              {"straight_through_inputs", o.straight_through_inputs},
+              {"expert_type",
+               o.expert_type ? std::string(traits(*o.expert_type).name) : std::string("auto")},
               {"held_out", o.held_out},
               {"seed", o.seed}}
       .dump();
@@ -51,12 +55,21 @@ std::string options_json(const RecoverOptions& o) {
 std::string recovery_json(const RecoveryReport& report) {
   Json curve = Json::array();
   for (const auto& p : report.curve) {
-    curve.push_back(
-        {{"tokens", p.tokens}, {"kl", p.kl}, {"auxiliary", p.auxiliary}, {"held_out", p.held_out}});
+    curve.push_back({{"tokens", p.tokens},
+                     {"kl", p.kl},
+                     {"auxiliary", p.auxiliary},
+                     {"held_out", p.held_out},
+                     {"active", p.active}});
   }
-  return Json{{"tokens", report.tokens},       {"seconds", report.seconds},
-              {"kl_start", report.kl_start},   {"kl_trained", report.kl_trained},
-              {"kl_packed", report.kl_packed}, {"curve", std::move(curve)}}
+  return Json{{"tokens", report.tokens},
+              {"seconds", report.seconds},
+              {"kl_start", report.kl_start},
+              {"kl_trained", report.kl_trained},
+              {"kl_packed", report.kl_packed},
+              {"active_start", report.active_start},
+              {"active_trained", report.active_trained},
+              {"active_packed", report.active_packed},
+              {"curve", std::move(curve)}}
       .dump();
 }
 

@@ -15,11 +15,6 @@
 namespace moesaic::converter {
 namespace {
 
-constexpr std::size_t kTensors = MoeParameters<float>::kTensors;
-constexpr std::size_t kFirstOfRouter = MoeParameters<float>::kFirstOfRouter;
-constexpr const char* kTensorNames[kTensors] = {
-    "gate", "up", "down", "bypass_q", "bypass_p", "bias", "router_v", "router_u", "router_bias"};
-
 constexpr std::string_view kKeyStep = "moesaic.training.step";
 constexpr std::string_view kKeyNote = "moesaic.training.note";
 constexpr std::string_view kKeyAdamSteps = "moesaic.training.adam_steps";
@@ -58,24 +53,27 @@ Trainer::Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::
                                                          std::max<std::int64_t>(1, n_windows_ / 4));
   n_train_ = n_windows_ - held_out;
   const AdamUnit unit = options_.scaled_steps ? AdamUnit::RootMeanSquare : AdamUnit::One;
-  for (auto& c : model_.converted()) {
-    c.router.auxiliary = options_.auxiliary;
-    c.router.straight_through = options_.straight_through;
-    c.router.width = options_.gate_width;
-    const auto values = c.parameters.tensors();
-    const auto gradients = c.gradient.tensors();
-    for (std::size_t i = 0; i < kTensors; ++i) {
-      tensors_.emplace_back(values[i], gradients[i],
-                            i < kFirstOfRouter ? options_.rate : options_.router_rate, unit);
+  for (std::size_t i = 0; i < model_.converted().size(); ++i) {
+    Converted<Bfloat16>& c = model_.converted()[i];
+    if (TrainedMoe<Bfloat16>* moe = c.moe()) {
+      moe->router.auxiliary = options_.auxiliary;
+      moe->router.straight_through = options_.straight_through;
+      moe->router.width = options_.gate_width;
+      if (options_.refit_every > 0) moments_.try_emplace(i, moe->layer.shape());
+    } else {
+      c.self_routed()->straight_through = options_.straight_through_inputs;
     }
-    if (options_.refit_every > 0) moments_.emplace_back(c.moe.shape());
+    for (const TrainedTensor<float>& t : c.tensors()) {
+      const double rate = t.router ? options_.router_rate : options_.rate;
+      tensors_.push_back({c.layer, t.name, t.router, AdamTensor(t.value, t.gradient, rate, unit)});
+    }
   }
   if (options_.refit_every > 0) {
-    model_.observe(options_.n_ctx,
-                   [this](std::size_t index, MatrixView<const std::uint16_t> x,
-                          MatrixView<const std::uint16_t> c, std::span<const float> weight) {
-                     moments_[index].add(ctx_, std::exp(-1 / options_.refit_memory), x, c, weight);
-                   });
+    model_.observe(
+        options_.n_ctx, [this](std::size_t index, MatrixView<const std::uint16_t> x,
+                               MatrixView<const std::uint16_t> c, std::span<const float> weight) {
+          moments_.at(index).add(ctx_, std::exp(-1 / options_.refit_memory), x, c, weight);
+        });
   }
 }
 
@@ -110,16 +108,16 @@ void Trainer::measure_router_scale() {
   const std::int64_t first = windows_of_step(0).front();
   model_.gradients(window(first), teacher_.hidden(first), options_.n_ctx);
   for (auto& c : model_.converted()) {
-    c.router.scale = std::max(1e-30, c.auxiliary);
+    if (auto* moe = c.moe()) moe->router.scale = std::max(1e-30, moe->auxiliary);
   }
-  for (AdamTensor& t : tensors_) std::fill(t.gradient().begin(), t.gradient().end(), 0.0F);
+  for (Trained& t : tensors_) std::fill(t.adam.gradient().begin(), t.adam.gradient().end(), 0.0F);
 }
 
 double Trainer::gradient_norm(bool routers) {
   double total = 0;
-  for (std::size_t i = 0; i < tensors_.size(); ++i) {
-    if ((i % kTensors >= kFirstOfRouter) != routers) continue;
-    const std::span<const float> g = tensors_[i].gradient();
+  for (const Trained& tensor : tensors_) {
+    if (tensor.router != routers) continue;
+    const std::span<const float> g = tensor.adam.gradient();
     const int n_threads = ctx_.pool.n_threads();
     std::vector<double> parts(static_cast<std::size_t>(n_threads));
     ctx_.pool.run([&](int thread) {
@@ -139,20 +137,35 @@ double Trainer::gradient_norm(bool routers) {
     require<Error>(std::isfinite(square),
                    "recovery: step {}: the gradient of layer {}, {}, is NaN or infinite; a lower "
                    "learning rate may help",
-                   step_ + 1, model_.converted()[i / kTensors].layer, kTensorNames[i % kTensors]);
+                   step_ + 1, tensor.layer, tensor.name);
     total += square;
   }
   return std::sqrt(total);
 }
 
 void Trainer::refit_routers() {
-  const auto n = static_cast<std::int64_t>(moments_.size());
-  for_each_row(ctx_, n, [&](std::int64_t i, int) {
-    const auto index = static_cast<std::size_t>(i);
-    moments_[index].refit(options_.refit_ridge, model_.converted()[index].parameters);
+  std::vector<std::size_t> layers;
+  for (const auto& [index, moments] : moments_) layers.push_back(index);
+  for_each_row(ctx_, static_cast<std::int64_t>(layers.size()), [&](std::int64_t i, int) {
+    const std::size_t index = layers[static_cast<std::size_t>(i)];
+    moments_.at(index).refit(options_.refit_ridge, *model_.converted()[index].moe()->parameters);
   });
-  for (std::size_t i = 0; i < tensors_.size(); ++i) {
-    if (i % kTensors >= kFirstOfRouter) tensors_[i].reset();
+  for (Trained& t : tensors_) {
+    if (t.router) t.adam.reset();
+  }
+}
+
+// Moves each threshold vector of the self-routed layers towards the share that it shall leave.
+void Trainer::follow_shares() {
+  for (auto& c : model_.converted()) {
+    auto* routed = c.self_routed();
+    if (routed == nullptr) continue;
+    const SelfRoutedTriple shares = routed->seen.shares(routed->layer.shape());
+    SelfRoutedTriple& factors = routed->layer.factors();
+    for (std::size_t v = 0; v < factors.size(); ++v) {
+      factors[v] *=
+          std::exp(static_cast<float>(options_.threshold_gain) * (shares[v] - routed->target[v]));
+    }
   }
 }
 
@@ -162,6 +175,7 @@ StepResult Trainer::step() {
   const std::int64_t per_part = options_.part / options_.n_ctx;
   const std::int64_t d = model_.head().cols;
   StepResult result;
+  model_.forget_counts();
   std::vector<std::int32_t> tokens;
   for (std::size_t first = 0; first < windows.size(); first += static_cast<std::size_t>(per_part)) {
     const std::size_t end = std::min(windows.size(), first + static_cast<std::size_t>(per_part));
@@ -191,10 +205,11 @@ StepResult Trainer::step() {
                            : 1;
   const auto warm_up = static_cast<std::int64_t>(options_.warm_up * static_cast<double>(n_steps()));
   const double schedule = cosine_schedule(step_, n_steps(), warm_up);
-  for (std::size_t i = 0; i < tensors_.size(); ++i) {
-    tensors_[i].step(ctx_, schedule, i % kTensors < kFirstOfRouter ? scale : 1);
-    std::fill(tensors_[i].gradient().begin(), tensors_[i].gradient().end(), 0.0F);
+  for (Trained& t : tensors_) {
+    t.adam.step(ctx_, schedule, t.router ? 1 : scale);
+    std::fill(t.adam.gradient().begin(), t.adam.gradient().end(), 0.0F);
   }
+  follow_shares();
   ++step_;
   const bool last = step_ == n_steps();
   if (options_.refit_every > 0 && (step_ % options_.refit_every == 0 || last)) refit_routers();
@@ -204,27 +219,33 @@ StepResult Trainer::step() {
   return result;
 }
 
-double Trainer::held_out_divergence() {
+Judgement Trainer::judge() {
+  model_.forget_counts();
   double sum = 0;
   for (std::int64_t w = n_train_; w < n_windows_; ++w) {
     sum += model_.divergence(window(w), teacher_.hidden(w));
   }
-  return sum / static_cast<double>((n_windows_ - n_train_) * options_.n_ctx);
+  return {.kl = sum / static_cast<double>((n_windows_ - n_train_) * options_.n_ctx),
+          .active = model_.active_fraction()};
 }
 
 std::vector<Trainer::Named> Trainer::state() {
   std::vector<Named> all;
-  for (std::size_t i = 0; i < tensors_.size(); ++i) {
-    const std::string name = fmt::format("blk.{}.{}", model_.converted()[i / kTensors].layer,
-                                         kTensorNames[i % kTensors]);
-    all.push_back({name + ".value", tensors_[i].value()});
-    all.push_back({name + ".m", tensors_[i].first_moment()});
-    all.push_back({name + ".v", tensors_[i].second_moment()});
+  for (Trained& t : tensors_) {
+    const std::string name = fmt::format("blk.{}.{}", t.layer, t.name);
+    all.push_back({name + ".value", t.adam.value()});
+    all.push_back({name + ".m", t.adam.first_moment()});
+    all.push_back({name + ".v", t.adam.second_moment()});
   }
-  for (std::size_t i = 0; i < moments_.size(); ++i) {
-    const std::string name = fmt::format("blk.{}.router", model_.converted()[i].layer);
-    all.push_back({name + ".xx", moments_[i].xx()});
-    all.push_back({name + ".xc", moments_[i].xc()});
+  for (auto& [index, moments] : moments_) {
+    const std::string name = fmt::format("blk.{}.router", model_.converted()[index].layer);
+    all.push_back({name + ".xx", moments.xx()});
+    all.push_back({name + ".xc", moments.xc()});
+  }
+  for (auto& c : model_.converted()) {
+    if (auto* routed = c.self_routed()) {
+      all.push_back({fmt::format("blk.{}.threshold.factors", c.layer), routed->layer.factors()});
+    }
   }
   std::erase_if(all, [](const Named& n) { return n.values.empty(); });
   return all;
@@ -236,11 +257,13 @@ void Trainer::save(const std::filesystem::path& path, std::string note) {
   writer.set(std::string(kKeyStep), GgufValue::u64(static_cast<std::uint64_t>(step_)));
   writer.set(std::string(kKeyNote), GgufValue::string(std::move(note)));
   std::vector<std::uint64_t> steps;
-  for (const AdamTensor& t : tensors_) steps.push_back(static_cast<std::uint64_t>(t.steps()));
+  for (const Trained& t : tensors_) steps.push_back(static_cast<std::uint64_t>(t.adam.steps()));
   writer.set(std::string(kKeyAdamSteps), GgufValue::u32_array(std::move(steps)));
   // As text: doubles, exactly.
   std::vector<std::string> scales;
-  for (const auto& c : model_.converted()) scales.push_back(fmt::format("{:a}", c.router.scale));
+  for (auto& c : model_.converted()) {
+    scales.push_back(fmt::format("{:a}", c.moe() != nullptr ? c.moe()->router.scale : 1.0));
+  }
   writer.set(std::string(kKeyRouterScale), GgufValue::string_array(std::move(scales)));
   for (const Named& n : state()) {
     writer.add_tensor(n.name, DType::F32, {static_cast<std::int64_t>(n.values.size())},
@@ -262,9 +285,11 @@ std::string Trainer::load(const std::filesystem::path& path) {
     const std::array dims = {static_cast<std::int64_t>(n.values.size())};
     std::memcpy(n.values.data(), file->expect(n.name, dims).data, n.values.size_bytes());
   }
-  for (std::size_t i = 0; i < tensors_.size(); ++i) tensors_[i].set_steps(steps[i]);
+  for (std::size_t i = 0; i < tensors_.size(); ++i) tensors_[i].adam.set_steps(steps[i]);
   for (std::size_t i = 0; i < scales.size(); ++i) {
-    model_.converted()[i].router.scale = std::strtod(scales[i].c_str(), nullptr);
+    if (auto* moe = model_.converted()[i].moe()) {
+      moe->router.scale = std::strtod(scales[i].c_str(), nullptr);
+    }
   }
   step_ = step;
   model_.refresh();

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -20,6 +21,12 @@ struct StepResult {
   double kl = 0;
   double auxiliary = 0;      // routers' regression loss over what it was at the start
   double gradient_norm = 0;  // of all but the routers, before clipping
+};
+
+/// A judgement on the held-out windows.
+struct Judgement {
+  double kl = 0;      // mean divergence from the teacher, nats a token
+  double active = 0;  // multiply-adds of the MLPs over the dense ones', mean over layers
 };
 
 /// Recovery step by step. Deterministic for a seed and thread count: a training that was saved and
@@ -43,8 +50,7 @@ class Trainer {
   /// the parameters are then as they were before the step.
   StepResult step();
 
-  /// Mean KL divergence from the teacher over the held-out windows, nats a token.
-  double held_out_divergence();
+  Judgement judge();
 
   /// The whole state and the caller's note, atomically; and back. load() returns the note, and
   /// throws FormatError if the file is of another training.
@@ -59,6 +65,7 @@ class Trainer {
   double optimizer_seconds() const { return optimizer_seconds_; }
 
  private:
+  void follow_shares();
   std::vector<std::int64_t> windows_of_step(std::int64_t step) const;
   void measure_router_scale();
   double gradient_norm(bool routers);
@@ -75,8 +82,14 @@ class Trainer {
   Teacher teacher_;
   Hybrid<Bfloat16> model_;
   std::int64_t n_windows_, n_train_;
-  std::vector<AdamTensor> tensors_;     // MoeParameters::kTensors a converted layer, in order
-  std::vector<RouterMoments> moments_;  // per converted layer, if routers are refitted
+  struct Trained {
+    int layer;
+    const char* name;
+    bool router;
+    AdamTensor adam;
+  };
+  std::vector<Trained> tensors_;  // Converted::tensors() of each converted layer, in order
+  std::map<std::size_t, RouterMoments> moments_;  // by index of the layer, if routers are refitted
   std::int64_t step_ = 0;
   double optimizer_seconds_ = 0;
 };

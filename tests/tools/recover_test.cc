@@ -185,7 +185,7 @@ TEST_F(RecoverErrors, HybridOfAnotherCheckpoint) {
 TEST_F(RecoverErrors, DenseInTheHybridsPlace) {
   expect_one_line_error(run_program({"recover", model_.path.string(), model_.path.string(), "-o",
                                      output_, "--data", text_, "-q"}),
-                        1, "has no secret-MoE layer");
+                        1, "has no converted layer");
 }
 
 TEST_F(RecoverErrors, OutputThatIsAnInput) {

@@ -1,0 +1,168 @@
+#include "converter/recovery/pack_self_routed.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "converter/recovery/moments.h"
+#include "converter/rounding.h"
+#include "kernels/base/error.h"
+#include "kernels/linear.h"
+#include "kernels/quant.h"
+
+namespace moesaic::converter {
+namespace {
+
+template <class T>
+AlignedBuffer<float> copy(const T& from) {
+  AlignedBuffer<float> to(from.size());
+  std::copy(from.begin(), from.end(), to.begin());
+  return to;
+}
+
+AlignedBuffer<float> scaled(const std::vector<float>& threshold, float factor) {
+  AlignedBuffer<float> to = copy(threshold);
+  for (float& v : to) v *= factor;
+  return to;
+}
+
+// Factor of Σ ω v vᵀ.
+DMatrix weighted_factor(Context& ctx, ConstMatrix v, std::span<const float> weight) {
+  const Workspace::Scope scope(ctx.workspace);
+  const auto operand = take_matrix<std::uint16_t>(ctx, v.rows, v.cols);
+  to_operand(ctx, v, operand);
+  const auto weighted = take_weighted(ctx, operand, weight, false);
+  AlignedBuffer<float> moments(static_cast<std::size_t>(v.cols * v.cols));
+  kernels::gemm(ctx, true, false, 1, weighted, weighted, 0, {moments.data(), v.cols, v.cols});
+  return moment_factor(moments, v.cols);
+}
+
+AlignedBuffer<std::byte> pack_rows(Context& ctx, ConstMatrix w, DType dtype) {
+  const std::int64_t bytes = row_bytes(dtype, w.cols);
+  AlignedBuffer<std::byte> out(static_cast<std::size_t>(w.rows * bytes));
+  for_each_row(ctx, w.rows, [&](std::int64_t r, int) {
+    kernels::quantize_row(dtype, {w.row(r), static_cast<std::size_t>(w.cols)},
+                          out.data() + r * bytes);
+  });
+  return out;
+}
+
+// kept = v where |v| >= θ, else 0; kept may be v.
+void keep(Context& ctx, ConstMatrix v, std::span<const float> threshold, Matrix kept) {
+  for_each_row(ctx, v.rows, [&](std::int64_t t, int) {
+    for (std::int64_t i = 0; i < v.cols; ++i) {
+      const float value = v.row(t)[i];
+      kept.row(t)[i] = std::abs(value) >= threshold[static_cast<std::size_t>(i)] ? value : 0.0F;
+    }
+  });
+}
+
+Matrix take_copy(Context& ctx, ConstMatrix from) {
+  const Matrix to = take_matrix<float>(ctx, from.rows, from.cols);
+  std::copy_n(from.data, from.rows * from.cols, to.data);
+  return to;
+}
+
+}  // namespace
+
+DType writable_type(DType own, std::optional<DType> wanted, std::int64_t cols) {
+  const auto fits = [&](DType t) {
+    return kernels::can_quantize(t) && cols % traits(t).block_elems == 0;
+  };
+  if (wanted) {
+    require<InputError>(fits(*wanted), "--expert-type: {} cannot hold rows of {} weights",
+                        traits(*wanted).name, cols);
+    return *wanted;
+  }
+  if (fits(own)) return own;
+  return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
+}
+
+float factor_for_share(Context& ctx, Matrix v, std::span<const float> threshold, double share) {
+  const std::int64_t n = v.rows * v.cols;
+  const auto wanted = static_cast<std::int64_t>(share * static_cast<double>(n));
+  for_each_row(ctx, v.rows, [&](std::int64_t t, int) {
+    float* row = v.row(t);
+    for (std::int64_t i = 0; i < v.cols; ++i) {
+      const float bound = threshold[static_cast<std::size_t>(i)];
+      row[i] = bound > 0 ? std::abs(row[i]) / bound : std::numeric_limits<float>::infinity();
+    }
+  });
+  if (n == 0) return 1;
+  float* ratios = v.data;
+  if (wanted <= 0) {
+    const float largest = *std::max_element(ratios, ratios + n);
+    return std::isinf(largest) ? 1 : std::nextafter(largest, std::numeric_limits<float>::max());
+  }
+  std::nth_element(ratios, ratios + std::min(wanted, n) - 1, ratios + n, std::greater<>());
+  const float factor = ratios[std::min(wanted, n) - 1];
+  return std::isinf(factor) ? 1 : factor;
+}
+
+models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<Bfloat16>& trained,
+                                          const kernels::SelfRoutedView& before,
+                                          std::optional<DType> type, ConstMatrix x,
+                                          std::span<const float> weight) {
+  const Workspace::Scope scope(ctx.workspace);
+  const SelfRoutedShape& s = trained.layer.shape();
+  const SelfRoutedParameters<float>& p = *trained.parameters;
+  const SelfRoutedThresholds<float>& thresholds = trained.layer.thresholds();
+  models::PackedSelfRouted out;
+  out.phi = s.phi;
+  out.up_by_input = s.up_by_input;
+  out.d_model = s.d_model;
+  out.d_ff = s.d_ff;
+  out.gate_dtype = writable_type(before.w_gate.dtype, type, s.d_model);
+  out.up_dtype = writable_type(before.w_up.dtype, type, s.d_model);
+  out.down_dtype = writable_type(before.w_down.dtype, type, s.d_ff);
+  out.input_share = trained.target[kInput];
+  out.gate_share = trained.target[kGate];
+  out.hidden_share = trained.target[kHidden];
+
+  const Matrix large = take_copy(ctx, x);
+  const float input_factor = factor_for_share(ctx, large, thresholds.input, out.input_share);
+  out.input_threshold = scaled(thresholds.input, input_factor);
+  keep(ctx, x, out.input_threshold.span(), large);
+  const DMatrix large_factor = weighted_factor(ctx, large, weight);
+
+  AlignedBuffer<float> w_gate = copy(p.w_gate);
+  round_inputs(ctx, {w_gate.data(), s.d_ff, s.d_model}, large_factor, out.gate_dtype);
+  out.w_gate = pack_rows(ctx, matrix(std::as_const(w_gate), s.d_ff, s.d_model), out.gate_dtype);
+  AlignedBuffer<float> w_up = copy(p.w_up);
+  round_inputs(ctx, {w_up.data(), s.d_ff, s.d_model},
+               s.up_by_input ? large_factor : weighted_factor(ctx, x, weight), out.up_dtype);
+  out.w_up = pack_rows(ctx, matrix(std::as_const(w_up), s.d_ff, s.d_model), out.up_dtype);
+
+  const Matrix gate = take_matrix<float>(ctx, x.rows, s.d_ff);
+  const Matrix h = take_matrix<float>(ctx, x.rows, s.d_ff);
+  const Matrix scratch = take_matrix<float>(ctx, x.rows, s.d_ff);
+  kernels::gemm(ctx, false, true, 1, large, matrix(std::as_const(w_gate), s.d_ff, s.d_model), 0,
+                gate);
+  kernels::gemm(ctx, false, true, 1, s.up_by_input ? ConstMatrix(large) : x,
+                matrix(std::as_const(w_up), s.d_ff, s.d_model), 0, h);
+  for_each_row(ctx, x.rows, [&](std::int64_t t, int) {
+    activation_slope(s.phi, gate.row(t), s.d_ff, gate.row(t), scratch.row(t));
+  });
+  if (!s.up_by_input) {
+    std::copy_n(gate.data, gate.rows * gate.cols, scratch.data);
+    const float factor = factor_for_share(ctx, scratch, thresholds.gate, out.gate_share);
+    out.gate_threshold = scaled(thresholds.gate, factor);
+    keep(ctx, gate, out.gate_threshold.span(), gate);
+  }
+  for_each_row(ctx, x.rows, [&](std::int64_t t, int) {
+    for (std::int64_t i = 0; i < s.d_ff; ++i) h.row(t)[i] *= gate.row(t)[i];
+  });
+  std::copy_n(h.data, h.rows * h.cols, scratch.data);
+  const float hidden_factor = factor_for_share(ctx, scratch, thresholds.hidden, out.hidden_share);
+  out.hidden_threshold = scaled(thresholds.hidden, hidden_factor);
+  keep(ctx, h, out.hidden_threshold.span(), h);
+
+  AlignedBuffer<float> w_down = copy(p.w_down);
+  round_inputs(ctx, {w_down.data(), s.d_model, s.d_ff}, weighted_factor(ctx, h, weight),
+               out.down_dtype);
+  out.w_down = pack_rows(ctx, matrix(std::as_const(w_down), s.d_model, s.d_ff), out.down_dtype);
+  return out;
+}
+
+}  // namespace moesaic::converter
