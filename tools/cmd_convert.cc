@@ -6,6 +6,7 @@
 
 #include "converter/convert.h"
 #include "tools/commands.h"
+#include "tools/dtype_names.h"
 #include "tools/options.h"
 #include "tools/output.h"
 #include "tools/progress.h"
@@ -22,12 +23,6 @@ struct Options {
   std::string budget = "planned", plan, curves;
   RunOptions run;
 };
-
-std::vector<std::string> dtype_names() {
-  std::vector<std::string> names;
-  for (const DTypeTraits& t : kDTypes) names.emplace_back(t.name);
-  return names;
-}
 
 /// True where both paths name one file, whether or not it exists yet.
 bool same_file(const std::filesystem::path& a, const std::filesystem::path& b) {

@@ -6,6 +6,7 @@
 
 #include "converter/recovery/recover_file.h"
 #include "tools/commands.h"
+#include "tools/dtype_names.h"
 #include "tools/options.h"
 #include "tools/output.h"
 #include "tools/progress.h"
@@ -27,7 +28,7 @@ void recover(Options& options) {
   recover.hybrid = options.hybrid;
   recover.output = options.output;
   if (!options.expert_type.empty()) {
-    recover.recover.expert_type = find_dtype(options.expert_type);
+    recover.recover.expert_type = dtype_from_name(options.expert_type);
   }
   for (const std::filesystem::path& input : {recover.dense, recover.hybrid}) {
     std::error_code error;

@@ -7,6 +7,7 @@
 #include "engine/kv_cache.h"
 #include "kernels/quant.h"
 #include "tests/converter/recovery/gradient_check.h"
+#include "tests/converter/recovery/self_routed_model.h"
 #include "tests/models/tiny_model.h"
 
 namespace moesaic::converter {
@@ -19,6 +20,15 @@ struct HybridCase {
   const char* name;
   TinyOptions model;
   bool recompute;
+  std::vector<int> self_routed = {};
+  bool up_by_input = false;
+
+  TinyModel make() const {
+    return TinyModel(model, self_routed.empty() ? std::function<void(TinyModel&)>()
+                                                : self_route(self_routed, up_by_input,
+                                                             model.n_layers, model.moe_layers));
+  }
+  std::size_t n_converted() const { return model.moe_layers.size() + self_routed.size(); }
 };
 
 void PrintTo(const HybridCase& c, std::ostream* out) { *out << c.name; }
@@ -28,16 +38,18 @@ class RecoveryHybrid : public testing::TestWithParam<HybridCase> {};
 constexpr std::int64_t kContext = 8;
 
 TEST_P(RecoveryHybrid, GradientsOfTheDivergence) {
-  const TinyModel file(GetParam().model);
+  const TinyModel file = GetParam().make();
   const auto checkpoint = file.load();
   Lent lent;
   Hybrid<Float64> model(*checkpoint, lent.ctx, kContext, GetParam().recompute);
-  ASSERT_EQ(model.converted().size(), GetParam().model.moe_layers.size());
+  ASSERT_EQ(model.converted().size(), GetParam().n_converted());
   const auto tokens = models::random_ids(2 * kContext);
   const auto n = static_cast<std::int64_t>(tokens.size());
   RandomMatrix teacher(n, TinyModel::kModel, 5);
   // Not used by the neurons' gradient; here it would only move the routers.
-  for (auto& c : model.converted()) c.router.auxiliary = 0;
+  for (auto& c : model.converted()) {
+    if (auto* moe = c.moe()) moe->router.auxiliary = 0;
+  }
   const auto losses = model.gradients(tokens, teacher.view(), n);
   const auto loss = [&] {
     model.refresh();
@@ -45,18 +57,17 @@ TEST_P(RecoveryHybrid, GradientsOfTheDivergence) {
   };
   EXPECT_NEAR(losses.kl / static_cast<double>(n), loss(), 1e-12);
   for (auto& c : model.converted()) {
-    const auto values = c.parameters.tensors();
-    const auto gradients = c.gradient.tensors();
-    for (std::size_t i = 0; i < MoeParameters<double>::kFirstOfRouter; ++i) {
-      SCOPED_TRACE(testing::Message() << "layer " << c.layer << " tensor " << i);
-      expect_gradient(values[i], gradients[i], loss, "parameters", 6, 1e-6);
+    for (const TrainedTensor<double>& t : c.tensors()) {
+      if (t.router) continue;
+      SCOPED_TRACE(testing::Message() << "layer " << c.layer << " " << t.name);
+      expect_gradient(t.value, t.gradient, loss, "parameters", 6, 1e-6);
     }
   }
 }
 
 // Parts of a step add up to the step.
 TEST_P(RecoveryHybrid, GradientsAccumulate) {
-  const TinyModel file(GetParam().model);
+  const TinyModel file = GetParam().make();
   const auto checkpoint = file.load();
   Lent lent;
   Hybrid<Float64> model(*checkpoint, lent.ctx, kContext, GetParam().recompute);
@@ -65,9 +76,9 @@ TEST_P(RecoveryHybrid, GradientsAccumulate) {
   const auto whole = model.gradients(tokens, teacher.view(), 2 * kContext);
   std::vector<std::vector<double>> expected;
   for (auto& c : model.converted()) {
-    for (const std::span<double> g : c.gradient.tensors()) {
-      expected.emplace_back(g.begin(), g.end());
-      std::fill(g.begin(), g.end(), 0.0);
+    for (const TrainedTensor<double>& t : c.tensors()) {
+      expected.emplace_back(t.gradient.begin(), t.gradient.end());
+      std::fill(t.gradient.begin(), t.gradient.end(), 0.0);
     }
   }
   double kl = 0;
@@ -80,12 +91,12 @@ TEST_P(RecoveryHybrid, GradientsAccumulate) {
   EXPECT_NEAR(kl, whole.kl, 1e-10);
   std::size_t tensor = 0;
   for (auto& c : model.converted()) {
-    const auto gradients = c.gradient.tensors();
-    for (std::size_t i = 0; i < gradients.size(); ++i, ++tensor) {
+    for (const TrainedTensor<double>& t : c.tensors()) {
+      const std::vector<double>& own = expected[tensor++];
       // The routers' ω are scaled within each part.
-      if (i >= MoeParameters<double>::kFirstOfRouter) continue;
-      for (std::size_t j = 0; j < gradients[i].size(); ++j) {
-        ASSERT_NEAR(gradients[i][j], expected[tensor][j], 1e-12);
+      if (t.router) continue;
+      for (std::size_t j = 0; j < t.gradient.size(); ++j) {
+        ASSERT_NEAR(t.gradient[j], own[j], 1e-12);
       }
     }
   }
@@ -124,7 +135,7 @@ double relative_difference(std::span<const float> a, std::span<const float> b) {
 }
 
 TEST_P(RecoveryHybrid, ForwardInFloat32EqualsTheRuntime) {
-  const TinyModel file(GetParam().model);
+  const TinyModel file = GetParam().make();
   const auto checkpoint = file.load();
   Lent lent;
   const auto tokens = models::random_ids(3 * kContext);
@@ -138,7 +149,7 @@ TEST_P(RecoveryHybrid, ForwardInFloat32EqualsTheRuntime) {
 // bfloat16 carries 8 bits: 2⁻⁹ per rounding, two dozen roundings deep. Near ties of the router may
 // fall the other way, so the selection is the exact one's only almost always.
 TEST_P(RecoveryHybrid, ForwardInBfloat16IsNear) {
-  const TinyModel file(GetParam().model);
+  const TinyModel file = GetParam().make();
   const auto checkpoint = file.load();
   Lent lent;
   const auto tokens = models::random_ids(3 * kContext);
@@ -154,7 +165,7 @@ TEST_P(RecoveryHybrid, ForwardInBfloat16IsNear) {
 // The training precision's gradient points the way of the exact one. An expert that is chosen or
 // left by a rounding is a seventh of a token's experts, and there are 24 tokens.
 TEST_P(RecoveryHybrid, GradientInBfloat16IsNearFloat32) {
-  const TinyModel file(GetParam().model);
+  const TinyModel file = GetParam().make();
   const auto checkpoint = file.load();
   Lent lent;
   const auto tokens = models::random_ids(3 * kContext);
@@ -168,18 +179,45 @@ TEST_P(RecoveryHybrid, GradientInBfloat16IsNearFloat32) {
   exact.gradients(tokens, {teacher.data(), n, TinyModel::kModel}, n);
   model.gradients(tokens, {bits.data(), n, TinyModel::kModel}, n);
   for (std::size_t l = 0; l < exact.converted().size(); ++l) {
-    const auto a = exact.converted()[l].gradient.tensors();
-    const auto b = model.converted()[l].gradient.tensors();
+    const auto a = exact.converted()[l].tensors();
+    const auto b = model.converted()[l].tensors();
     for (std::size_t i = 0; i < a.size(); ++i) {
       double ab = 0, aa = 0, bb = 0;
-      for (std::size_t j = 0; j < a[i].size(); ++j) {
-        ab += a[i][j] * b[i][j];
-        aa += a[i][j] * a[i][j];
-        bb += b[i][j] * b[i][j];
+      for (std::size_t j = 0; j < a[i].gradient.size(); ++j) {
+        ab += a[i].gradient[j] * b[i].gradient[j];
+        aa += a[i].gradient[j] * a[i].gradient[j];
+        bb += b[i].gradient[j] * b[i].gradient[j];
       }
       EXPECT_GT(ab / std::sqrt(aa * bb), 0.9) << "layer " << l << " tensor " << i;
     }
   }
+}
+
+// Of the runtime's tally of what its thresholds left.
+TEST_P(RecoveryHybrid, ActiveFractionIsTheRuntimes) {
+  const TinyModel file = GetParam().make();
+  const auto checkpoint = file.load();
+  Lent lent;
+  const auto tokens = models::random_ids(3 * kContext);
+  Hybrid<Float32> model(*checkpoint, lent.ctx, kContext, GetParam().recompute);
+  std::vector<float> h(static_cast<std::size_t>(3 * kContext * TinyModel::kModel));
+  double expected = 0;
+  for (std::size_t l = 0; l < checkpoint->layers.size(); ++l) {
+    if (!std::holds_alternative<kernels::SelfRoutedView>(checkpoint->layers[l].mlp)) {
+      expected += static_cast<double>(models::multiply_adds(checkpoint->layers[l].mlp));
+    }
+  }
+  model.observe_inputs([&](std::size_t index, ConstMatrix x, std::span<const float>) {
+    const auto layer = static_cast<std::size_t>(model.converted()[index].layer);
+    std::vector<float> y(static_cast<std::size_t>(x.rows * x.cols));
+    expected += static_cast<double>(models::mlp_forward(lent.ctx, checkpoint->layers[layer].mlp,
+                                                        {x}, {y.data(), x.rows, x.cols})) /
+                static_cast<double>(x.rows);
+  });
+  model.forward(tokens, {h.data(), 3 * kContext, TinyModel::kModel});
+  const double dense = 3.0 * TinyModel::kModel * TinyModel::kFf;
+  EXPECT_NEAR(model.active_fraction(),
+              expected / dense / static_cast<double>(checkpoint->layers.size()), 1e-9);
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -192,7 +230,14 @@ INSTANTIATE_TEST_SUITE_P(
                    false},
         HybridCase{"GemmaRecomputed",
                    {.architecture = "gemma3", .n_layers = 2, .window = 4, .moe_layers = {0, 1}},
-                   true}),
+                   true},
+        HybridCase{"LlamaSelfRouted", {.n_layers = 3}, false, {1, 2}},
+        HybridCase{"LlamaSelfRoutedByInput", {.n_layers = 2}, true, {0, 1}, true},
+        HybridCase{"LlamaBothForms", {.n_layers = 3, .moe_layers = {0}}, false, {2}},
+        HybridCase{"GemmaSelfRouted",
+                   {.architecture = "gemma3", .n_layers = 2, .window = 4},
+                   true,
+                   {0, 1}}),
     [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace

@@ -1,0 +1,134 @@
+// Self-routed layers from training into a file: formats, shares, and what stays as it was.
+
+#include "converter/recovery/recover.h"
+
+#include <cstring>
+
+#include "kernels/base/error.h"
+#include "kernels/quant.h"
+#include "tests/converter/recovery/gradient_check.h"
+#include "tests/converter/recovery/self_routed_model.h"
+#include "tests/converter/scratch_folder.h"
+
+namespace moesaic::converter {
+namespace {
+
+using models::TinyModel;
+
+// A monitor that says nothing.
+class Silent : public engine::Monitor {
+ public:
+  void line(std::string_view text) override { lines.emplace_back(text); }
+  std::vector<std::string> lines;
+};
+
+struct WriteCase {
+  const char* name;
+  bool up_by_input;
+  std::optional<DType> type;
+};
+
+void PrintTo(const WriteCase& c, std::ostream* out) { *out << c.name; }
+
+class RecoverSelfRouted : public testing::TestWithParam<WriteCase> {
+ protected:
+  static RecoverOptions options() {
+    RecoverOptions o;
+    o.tokens = 64 * 30;
+    o.batch = 64;
+    o.part = 32;
+    o.n_ctx = 16;
+    o.held_out = 64;
+    o.rate = 1e-2;
+    o.judge_every = 10;
+    o.expert_type = GetParam().type;
+    return o;
+  }
+  Recovered recovered() {
+    return recover(dense_.load(), hybrid_.load(), tokens_, options(), folder_.path / "state.gguf",
+                   lent_.ctx, monitor_);
+  }
+
+  TinyModel dense_{{.n_layers = 3, .tied = false}};
+  TinyModel hybrid_{{.n_layers = 3, .tied = false}, self_route({0, 2}, GetParam().up_by_input, 3)};
+  Lent lent_;
+  Silent monitor_;
+  ScratchFolder folder_;
+  std::vector<std::int32_t> tokens_ = models::random_ids(64 * 16);
+};
+
+TEST_P(RecoverSelfRouted, WritesRoundedMatricesAndTheSharesThatTheyHave) {
+  const Recovered done = recovered();
+  EXPECT_LT(done.report.kl_trained, done.report.kl_start);
+  EXPECT_LT(done.report.kl_packed, done.report.kl_start);
+  EXPECT_EQ(done.report.curve.size(), 3U);
+  EXPECT_GT(done.report.active_packed, 0.3);
+  EXPECT_LT(done.report.active_packed, 0.9);
+  const auto path = folder_.path / "out.gguf";
+  const auto before = hybrid_.load();
+  write_recovered(*before->file, done, path);
+  const auto after = models::Checkpoint::load(path);
+
+  // Everything else is as it was, in its place.
+  ASSERT_EQ(before->file->tensors().size(), after->file->tensors().size());
+  for (std::size_t i = 0; i < before->file->tensors().size(); ++i) {
+    const models::GgufTensor& a = before->file->tensors()[i];
+    const models::GgufTensor& b = after->file->tensors()[i];
+    ASSERT_EQ(a.name, b.name);
+    const bool converted = (a.name.starts_with("blk.0.") || a.name.starts_with("blk.2.")) &&
+                           (a.name.find("ffn_gate") != std::string::npos ||
+                            a.name.find("ffn_up") != std::string::npos ||
+                            a.name.find("ffn_down") != std::string::npos ||
+                            a.name.find("threshold") != std::string::npos);
+    const bool matrix = converted && a.name.find("threshold") == std::string::npos;
+    EXPECT_EQ(b.dtype, matrix ? GetParam().type.value_or(a.dtype) : a.dtype) << a.name;
+    EXPECT_EQ(a.bytes == b.bytes && std::memcmp(a.data, b.data, a.bytes) == 0, !converted)
+        << a.name;
+  }
+  EXPECT_NEAR(after->file->get_float("moesaic.active_fraction"), after->active_fraction(), 1e-6);
+
+  // What is written is what was judged as packed, and the runtime finds the shares of the metadata
+  // on the text that rounding went by: here, all of what was trained on.
+  Hybrid<Bfloat16> model(*after, lent_.ctx, 16, false);
+  const std::int64_t n_train = 16 * 4 * 15;
+  std::vector<std::uint16_t> h(static_cast<std::size_t>(n_train * TinyModel::kModel));
+  model.forward(std::span(tokens_).first(n_train), {h.data(), n_train, TinyModel::kModel});
+  for (auto& c : model.converted()) {
+    const auto& routed = *c.self_routed();
+    const SelfRoutedTriple shares = routed.seen.shares(routed.layer.shape());
+    const auto& was =
+        std::get<kernels::SelfRoutedView>(before->layers[static_cast<std::size_t>(c.layer)].mlp);
+    const SelfRoutedTriple planned = {was.input_share, was.gate_share, was.hidden_share};
+    for (const auto v : {kInput, kGate, kHidden}) {
+      EXPECT_NEAR(shares[v], routed.target[v], 1e-6) << "layer " << c.layer << " vector " << v;
+      // bfloat16 moves a few activations over their thresholds.
+      EXPECT_NEAR(shares[v], planned[v], 2e-3) << "layer " << c.layer << " vector " << v;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, RecoverSelfRouted,
+                         testing::Values(WriteCase{"GateAsItWas", false, {}},
+                                         WriteCase{"GateQ8", false, DType::Q8_0},
+                                         WriteCase{"InputQ5", true, DType::Q5_1}),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(RecoverTypes, RefusesBeforeTheTraining) {
+  const TinyModel dense({.tied = false});
+  const TinyModel hybrid({.tied = false}, self_route({0, 1}, false, 2));
+  Lent lent;
+  Silent monitor;
+  const ScratchFolder folder;
+  const auto tokens = models::random_ids(64);
+  RecoverOptions o;
+  o.tokens = 16;
+  o.batch = o.part = o.n_ctx = 16;
+  o.expert_type = DType::Q4_K;  // read only, and no block fits 64 columns
+  EXPECT_THROW(
+      recover(dense.load(), hybrid.load(), tokens, o, folder.path / "s", lent.ctx, monitor),
+      InputError);
+  EXPECT_TRUE(monitor.lines.empty());
+}
+
+}  // namespace
+}  // namespace moesaic::converter
