@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "converter/recovery/hybrid.h"
 #include "kernels/base/error.h"
 #include "kernels/quant.h"
 #include "tests/converter/recovery/gradient_check.h"

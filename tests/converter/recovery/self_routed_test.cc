@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "converter/recovery/pack_self_routed.h"
+#include "kernels/base/error.h"
 #include "tests/converter/recovery/gradient_check.h"
 
 namespace moesaic::converter {
