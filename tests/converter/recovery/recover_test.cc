@@ -40,7 +40,7 @@ class RecoverSelfRouted : public testing::TestWithParam<WriteCase> {
     o.part = 32;
     o.n_ctx = 16;
     o.held_out = 64;
-    o.rate = 1e-2;
+    o.rate = 1e-3;
     o.judge_every = 10;
     o.expert_type = GetParam().type;
     return o;
