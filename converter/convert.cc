@@ -125,6 +125,7 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
                       recipe.name);
   if (job.recover.tokens == 0) job.recover.tokens = recipe.recover_tokens;
   job.recover.seed = options.seed;
+  job.recover.expert_type = options.expert_dtype;
   job.recover.n_ctx = std::min(kContext, checkpoint->config.context_length);
   const bool low_rank = recipe.method == Method::LowRank;
   if (low_rank) {

@@ -4,6 +4,7 @@
 #include <sstream>
 #include <string>
 
+#include "converter/recovery/pack_self_routed.h"
 #include "converter/self_routed/apply_plan.h"
 #include "converter/self_routed/curves.h"
 
@@ -28,6 +29,9 @@ void check_self_routed(const Job& job) {
                       "--plan and --curves: expected one of them");
   require<InputError>(job.recover.tokens > 0 || !o.expert_dtype,
                       "--expert-type: the recipe \"{}\" keeps the dense weights as they are", name);
+  for (const std::int64_t cols : {job.shape.d_model, job.shape.d_ff}) {
+    writable_type(DType::F32, o.expert_dtype, cols);
+  }
   require<InputError>(!o.router_dtype, "--router-type: the recipe \"{}\" has no router of its own",
                       name);
 }
