@@ -115,7 +115,10 @@ class SelfRouted : public OnEachTarget {
 
   static void expect_layer(const Layer& layer, const std::vector<float>& x, const Result& found,
                            Activations activations) {
-    const reference::SelfRouted expected = expected_of(layer, x, activations);
+    expect_layer(layer, expected_of(layer, x, activations), found);
+  }
+  static void expect_layer(const Layer& layer, const reference::SelfRouted& expected,
+                           const Result& found) {
     for (std::size_t i = 0; i < found.y.size(); ++i) {
       ASSERT_NEAR(found.y[i], expected.y[i], expected.error[i] + 1e-30) << "element " << i;
     }
@@ -144,18 +147,19 @@ TEST_P(SelfRouted, EveryFormatPathAndActivationEqualsReference) {
            {Activations::F32, Activations::BF16, Activations::Q16}) {
         for (const std::int64_t n_tokens : {1, 5}) {
           const std::vector<float> x = normal_values(size(n_tokens * o.d_model), 7);
+          const reference::SelfRouted expected = expected_of(layer, x, activations);
           for (const SelfRoutedPath path : kPaths) {
             SCOPED_TRACE(testing::Message()
                          << t.name << (up_by_input ? " input " : " gate ") << name(path) << " Q"
                          << static_cast<int>(activations) << " tokens " << n_tokens);
-            expect_layer(layer, x, run(layer.view, x, path, activations), activations);
-            n_certain += expected_of(layer, x, activations).n_doubtful == 0;
+            expect_layer(layer, expected, run(layer.view, x, path, activations, 1));
           }
+          n_certain += expected.n_doubtful == 0;
         }
       }
     }
   }
-  EXPECT_GT(n_certain, 50);  // where multiply-adds were compared exactly
+  EXPECT_GT(n_certain, 30);  // where multiply-adds were compared exactly
 }
 
 TEST_P(SelfRouted, FormatsMayDiffer) {
