@@ -81,7 +81,8 @@ template <class Format, int n>
   constexpr int kBiasShift = Format::kBias == 0 ? 0 : Format::kBias == 8 ? 3 : 7;
   const __m512i nibble = _mm512_set1_epi8(15);
   __m512i high[kHalves][4], low[kHalves][4];
-  const __m512i bias = _mm512_set1_epi32(Format::kBias == 0 ? 0 : unit.minus_sum * (1 << kBiasShift));
+  const __m512i bias =
+      _mm512_set1_epi32(Format::kBias == 0 ? 0 : unit.minus_sum * (1 << kBiasShift));
 #pragma GCC unroll 2
   for (int s = 0; s < kHalves; ++s) {
 #pragma GCC unroll 4
@@ -201,8 +202,7 @@ std::int64_t multiply_columns_of(const ColumnProduct& p, const ColumnInput& x) {
     ++n_units;
     n_columns += unit.count;
   }
-  return p.range.size() *
-         (n_units * layout.scale_bytes + n_columns * layout.column_bytes) / p.rows;
+  return p.range.size() * (n_units * layout.scale_bytes + n_columns * layout.column_bytes) / p.rows;
 }
 
 // What is marked of 16 words, moved together, as bytes; `kept` has as many lanes.
@@ -222,8 +222,8 @@ std::int32_t sum_bytes(const std::int8_t* p) {
 }
 
 // The lists of unit u. high and low, or bf16, are the unit's numbers in order.
-void list_unit(std::uint32_t marks, std::int64_t u, const std::int8_t* high,
-               const std::int8_t* low, const std::uint16_t* bf16, const ColumnInput& to) {
+void list_unit(std::uint32_t marks, std::int64_t u, const std::int8_t* high, const std::int8_t* low,
+               const std::uint16_t* bf16, const ColumnInput& to) {
   to.count[u] = static_cast<std::uint8_t>(__builtin_popcount(marks));
   if (marks == 0) return;
   std::uint8_t* ids = to.ids + 32 * u;
@@ -245,8 +245,8 @@ void list_unit(std::uint32_t marks, std::int64_t u, const std::int8_t* high,
     put_bytes(ids + at, marked, kept, numbers);
     numbers = _mm512_add_epi32(numbers, _mm512_set1_epi32(16));
     if (bf16 != nullptr) {
-      const __m512i words = _mm512_cvtepu16_epi32(
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16 + first)));
+      const __m512i words =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16 + first)));
       _mm256_mask_storeu_epi16(to.bf16 + 32 * u + at, kept,
                                _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(marked, words)));
     } else {

@@ -9,8 +9,8 @@
 namespace moesaic::kernels {
 
 /// A vector of which few entries count, as it enters products with columns (columns.h): the numbers
-/// of panel_product.h's tiles, with what does not count as 0. Per unit of 32 columns a list of those
-/// that count, filled up to a multiple of four with one of them times 0.
+/// of panel_product.h's tiles, with what does not count as 0. Per unit of 32 columns a list of
+/// those that count, filled up to a multiple of four with one of them times 0.
 struct ColumnInput {
   std::int64_t n_units = 0;
   std::uint8_t* count = nullptr;  // [n_units]
@@ -32,8 +32,8 @@ constexpr std::int64_t column_input_bytes(std::int64_t cols) { return 6 * cols +
 ColumnInput make_column_input(DType dtype, const float* x, const std::uint32_t* marks,
                               std::int64_t cols, std::byte* scratch);
 
-/// One product, on the calling thread: y[r] = Σ_c W[r, c] x_c for rows r of the range, whose borders
-/// are multiples of kColumnRows (or the end of the matrix).
+/// One product, on the calling thread: y[r] = Σ_c W[r, c] x_c for rows r of the range, whose
+/// borders are multiples of kColumnRows (or the end of the matrix).
 struct ColumnProduct {
   const std::byte* columns = nullptr;  // of the units that x covers
   DType dtype = DType::Q8_0;

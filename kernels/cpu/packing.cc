@@ -123,8 +123,7 @@ void pack_self_routed(SelfRoutedView& layer, ThreadPool& pool, Pieces& pieces) {
       layer.up_by_input ? columns(layer.w_up) : has_neurons(layer.w_up.dtype, layer.d_model());
   if (!columns(layer.w_gate) || !up || !columns(layer.w_down)) return;
   layer.gate_columns = all_columns(layer.w_gate, pool, pieces);
-  layer.up_parts =
-      (layer.up_by_input ? all_columns : all_in_rows)(layer.w_up, pool, pieces);
+  layer.up_parts = (layer.up_by_input ? all_columns : all_in_rows)(layer.w_up, pool, pieces);
   layer.down_columns = all_columns(layer.w_down, pool, pieces);
 }
 

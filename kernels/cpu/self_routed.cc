@@ -45,8 +45,8 @@ std::int64_t self_routed_dense(Context& ctx, const SelfRoutedView& layer, const 
   for_rows(ctx, n_tokens, d_model, [&](Range rows, int thread) {
     std::uint32_t* marks = all_marks.data() + thread * n_marks;
     for (std::int64_t t = rows.begin; t < rows.end; ++t) {
-      work[size(t)] = keep_large(x.row(t), layer.input_threshold.data(), size(d_model),
-                                 large.row(t), marks);
+      work[size(t)] =
+          keep_large(x.row(t), layer.input_threshold.data(), size(d_model), large.row(t), marks);
     }
   });
   if (layer.up_by_input) {
@@ -66,9 +66,9 @@ std::int64_t self_routed_dense(Context& ctx, const SelfRoutedView& layer, const 
       const Matrix row = gate.slice(t, 1);
       // One row at a time runs on the calling thread.
       gated_activation(ctx, layer.phi, row, ones, row);
-      const NeuronCounts n = keep_neurons(row.data, up.row(t), gate_threshold,
-                                          layer.hidden_threshold.data(), size(d_ff), row.data,
-                                          marks);
+      const NeuronCounts n =
+          keep_neurons(row.data, up.row(t), gate_threshold, layer.hidden_threshold.data(),
+                       size(d_ff), row.data, marks);
       work[size(t)] = multiply_adds(layer, work[size(t)], n.routed, n.kept);
     }
   });

@@ -20,12 +20,12 @@ std::int64_t up_row_bytes(const SelfRoutedView& layer) {
 
 /// One thread's scratch, and what it counted.
 struct Scratch {
-  float* x;               // [d_model], normed
-  float* large;           // [d_model], x̂
-  std::byte* columns;     // ColumnInput of x̂ or h
-  std::byte* row;         // NeuronInput of x
-  std::uint32_t* marks;   // [max(d_model, d_ff) / 32]
-  std::int32_t* ids;      // [d_ff + 16]
+  float* x;              // [d_model], normed
+  float* large;          // [d_model], x̂
+  std::byte* columns;    // ColumnInput of x̂ or h
+  std::byte* row;        // NeuronInput of x
+  std::uint32_t* marks;  // [max(d_model, d_ff) / 32]
+  std::int32_t* ids;     // [d_ff + 16]
   std::int64_t n_inputs = 0;
   NeuronCounts neurons = {};
 };
@@ -159,12 +159,10 @@ double sparse_bytes(const SelfRoutedView& layer) {
     return static_cast<double>(w.cols / 32 * layout.scale_bytes) +
            static_cast<double>(w.cols * layout.column_bytes) * static_cast<double>(share);
   };
-  const double up = layer.up_by_input
-                        ? columns(layer.w_up, layer.input_share)
-                        : static_cast<double>(layer.d_ff() * up_row_bytes(layer)) *
-                              static_cast<double>(layer.gate_share);
-  return columns(layer.w_gate, layer.input_share) + up +
-         columns(layer.w_down, layer.hidden_share);
+  const double up = layer.up_by_input ? columns(layer.w_up, layer.input_share)
+                                      : static_cast<double>(layer.d_ff() * up_row_bytes(layer)) *
+                                            static_cast<double>(layer.gate_share);
+  return columns(layer.w_gate, layer.input_share) + up + columns(layer.w_down, layer.hidden_share);
 }
 
 }  // namespace moesaic::kernels

@@ -127,8 +127,8 @@ std::int64_t keep_large(const float* x, const float* threshold, std::size_t n, f
 
 NeuronCounts keep_neurons(const float* a, const float* u, const float* gate, const float* hidden,
                           std::size_t n, float* h, std::uint32_t* marks) {
-  const auto run = gate == nullptr ? HWY_DYNAMIC_DISPATCH(all_neurons)
-                                   : HWY_DYNAMIC_DISPATCH(gated_neurons);
+  const auto run =
+      gate == nullptr ? HWY_DYNAMIC_DISPATCH(all_neurons) : HWY_DYNAMIC_DISPATCH(gated_neurons);
   return run(a, u, gate, hidden, n, h, marks);
 }
 

@@ -188,8 +188,8 @@ TEST_F(Columns, ListMarkedIsAscendingAndComplete) {
 }
 
 TEST(ColumnsLayout, HasColumns) {
-  for (const DType dtype : {DType::F32, DType::F16, DType::Q5_0, DType::Q5_1, DType::Q4_K,
-                            DType::Q5_K, DType::Q6_K}) {
+  for (const DType dtype :
+       {DType::F32, DType::F16, DType::Q5_0, DType::Q5_1, DType::Q4_K, DType::Q5_K, DType::Q6_K}) {
     EXPECT_FALSE(has_columns(dtype, 256, 256)) << traits(dtype).name;
   }
   EXPECT_FALSE(has_columns(DType::Q8_0, 96, 64));

@@ -105,9 +105,9 @@ class SelfRouted : public OnEachTarget {
     lender.ctx.activations = activations;
     const std::int64_t n = std::ssize(x) / layer.d_model();
     Result r{.y = std::vector<float>(x.size(), kNan)};
-    r.multiply_adds = self_routed(
-        lender.ctx, layer, {ConstMatrix(x.data(), n, layer.d_model()), norm, 1e-5f},
-        Matrix(r.y.data(), n, layer.d_model()), {}, path);
+    r.multiply_adds =
+        self_routed(lender.ctx, layer, {ConstMatrix(x.data(), n, layer.d_model()), norm, 1e-5f},
+                    Matrix(r.y.data(), n, layer.d_model()), {}, path);
     r.bytes = lender.tally.total();
     EXPECT_EQ(lender.tally.bytes(Traffic::Mlp), r.bytes);
     return r;
@@ -178,9 +178,11 @@ TEST_P(SelfRouted, FormatsMayDiffer) {
 }
 
 TEST_P(SelfRouted, ShapesWithoutFastLayout) {
-  for (const auto& [dtype, d_model, d_ff] :
-       {std::tuple{DType::F32, 37, 51}, {DType::Q8_0, 96, 160}, {DType::Q4_1, 32, 32},
-        {DType::BF16, 64, 96}, {DType::F32, 1, 1}}) {
+  for (const auto& [dtype, d_model, d_ff] : {std::tuple{DType::F32, 37, 51},
+                                             {DType::Q8_0, 96, 160},
+                                             {DType::Q4_1, 32, 32},
+                                             {DType::BF16, 64, 96},
+                                             {DType::F32, 1, 1}}) {
     for (const bool up_by_input : {false, true}) {
       const Layer layer({.gate = dtype,
                          .up = dtype,
@@ -422,8 +424,8 @@ TEST_P(SelfRouted, AutoReadsLess) {
   };
   EXPECT_EQ(path(1), SelfRoutedPath::Dense);  // float32 activations
   lender.ctx.activations = Activations::Q16;
-  EXPECT_EQ(path(1), layer.view.gate_columns != nullptr ? SelfRoutedPath::Sparse
-                                                        : SelfRoutedPath::Dense);
+  EXPECT_EQ(path(1),
+            layer.view.gate_columns != nullptr ? SelfRoutedPath::Sparse : SelfRoutedPath::Dense);
   EXPECT_EQ(path(64), SelfRoutedPath::Dense);
   layer.view.input_share = layer.view.gate_share = layer.view.hidden_share = 1;
   EXPECT_EQ(path(1), SelfRoutedPath::Dense);

@@ -28,8 +28,8 @@ std::vector<Value> times(const WeightView& w, const std::vector<Value>& x, const
       const double weight = weights[r * n + c];
       const double size = std::fabs(x[c].value);
       y[r].value += weight * x[c].value;
-      y[r].error += std::fabs(weight) * (x[c].error + (p.element + p.sum) * size +
-                                         p.unit * largest[c / 32]);
+      y[r].error +=
+          std::fabs(weight) * (x[c].error + (p.element + p.sum) * size + p.unit * largest[c / 32]);
     }
   }
   return y;
