@@ -27,6 +27,8 @@ struct NeuronLayout {
   std::int64_t code_bytes = 0;   // of one row
   std::int64_t row_bytes() const { return scale_bytes + code_bytes; }
   std::int64_t neuron_bytes() const { return (3 * row_bytes() + 63) / 64 * 64; }
+  /// From one row to the next where rows stand alone (pack_in_rows()).
+  std::int64_t single_row_bytes() const { return (row_bytes() + 63) / 64 * 64; }
 };
 
 /// True if rows of this format and length can be laid out like this and this machine has a fast
@@ -40,5 +42,9 @@ NeuronLayout neuron_layout(DType dtype, std::int64_t cols);
 /// Writes neurons `range` to their place in `neurons`. Rows 3i, 3i + 1, 3i + 2 of `rows` are
 /// neuron i.
 void pack_neurons(const WeightView& rows, Range range, std::byte* neurons);
+
+/// Writes rows `range` of w, each for itself and in the order of gate and up rows, to their place
+/// in `to`: single_row_bytes() apart.
+void pack_in_rows(const WeightView& w, Range range, std::byte* to);
 
 }  // namespace moesaic::kernels

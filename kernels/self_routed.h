@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 
@@ -33,6 +34,12 @@ struct SelfRoutedView {
   std::span<const float> gate_threshold;    // θg [d_ff]; empty with up_by_input
   std::span<const float> hidden_threshold;  // θh [d_ff]
 
+  // The same weights in the orders in which Activations::Q16 reads single columns and rows, besides
+  // their panels; all of them or none.
+  const std::byte* gate_columns = nullptr;  // kernels/columns.h
+  const std::byte* up_parts = nullptr;      // columns with up_by_input, else pack_in_rows()
+  const std::byte* down_columns = nullptr;
+
   // Shares of columns, routed and kept neurons per token, means over the calibration text.
   float input_share = 1, gate_share = 1, hidden_share = 1;
 
@@ -44,11 +51,27 @@ struct SelfRoutedView {
 std::int64_t multiply_adds(const SelfRoutedView& layer, std::int64_t n_inputs,
                            std::int64_t n_routed, std::int64_t n_kept);
 
+/// How tokens are computed. Both ways keep the same entries and neurons but for values that lie
+/// within rounding of their threshold.
+enum class SelfRoutedPath {
+  Auto,    // the cheaper one by choose_self_routed_path()
+  Dense,   // dense products of all matrices, with zeros for what is below its threshold
+  Sparse,  // token by token, reading no other columns and rows than the large ones, with Q16 and
+           // the packed weights; Dense where they are missing
+};
+
+/// The path that Auto takes for a batch of n_tokens: Sparse as long as it reads less, by the shares
+/// of the calibration text.
+SelfRoutedPath choose_self_routed_path(const Context& ctx, const SelfRoutedView& layer,
+                                       std::int64_t n_tokens);
+
 /// y_t = the layer of f(x_t), f being the input's norm where it has one.   x, y [n_tokens,
 /// d_model], distinct memory. Returns the multiply-adds that the tokens' thresholds left, whichever
-/// way they were computed. Deterministic for a given thread count. Throws ShapeError.
+/// way they were computed. Deterministic for a given thread count. Tallies what it read of the
+/// weights under Mlp, scales included. Throws ShapeError.
 std::int64_t self_routed(Context& ctx, const SelfRoutedView& layer, const LinearInput& input,
-                         Matrix y, const Upcoming& next = {});
+                         Matrix y, const Upcoming& next = {},
+                         SelfRoutedPath path = SelfRoutedPath::Auto);
 
 /// Throws ShapeError naming the part unless all shapes of the layer fit each other.
 void check_shapes(const SelfRoutedView& layer);

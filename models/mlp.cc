@@ -60,6 +60,8 @@ kernels::Upcoming first_weights(const Mlp& mlp) {
     return {.weights = {dense->w_gate, dense->w_up}, .gated = true};
   }
   if (const auto* routed = std::get_if<kernels::SelfRoutedView>(&mlp)) {
+    // Which columns of the gate a single token reads is not known before.
+    if (routed->gate_columns != nullptr) return {};
     return {.weights = {routed->w_gate}};
   }
   return {.weights = {std::get<kernels::SecretMoeView>(mlp).router_v}};

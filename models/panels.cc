@@ -19,9 +19,7 @@ void pack_all(Checkpoint& checkpoint, ThreadPool& pool, kernels::Pieces& pieces)
         kernels::pack_matrix(*w, pool, pieces);
       }
     } else if (auto* routed = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
-      for (WeightView* w : {&routed->w_gate, &routed->w_up, &routed->w_down}) {
-        kernels::pack_matrix(*w, pool, pieces);
-      }
+      kernels::pack_self_routed(*routed, pool, pieces);
     } else {
       kernels::pack_secret_moe(std::get<kernels::SecretMoeView>(layer.mlp), pool, pieces);
     }

@@ -66,4 +66,19 @@ void unit_codes(DType dtype, const std::uint8_t* row, std::int64_t unit,
   }
 }
 
+void crosswise_codes(DType dtype, const std::uint8_t (&codes)[32], std::int64_t first,
+                     std::int64_t n, std::uint8_t* to) {
+  const bool bytes = dtype == DType::Q8_0;
+  const std::int64_t whole = bytes ? 64 : 128;  // codes of 64 bytes
+  for (std::int64_t i = 0; i < 32; ++i) {
+    const std::int64_t group = (first + i) / whole * whole;
+    const std::int64_t in_group = first + i - group;
+    const std::int64_t half = bytes || n - group >= 128 ? 64 : 32;
+    const std::int64_t width = half / 4;  // consecutive codes
+    const std::int64_t in = in_group % half;
+    Byte& at = to[(bytes ? group : group / 2) + in % width / 4 * 16 + in / width * 4 + in % 4];
+    at = static_cast<Byte>(in_group < half ? codes[i] : at | codes[i] << 4);
+  }
+}
+
 }  // namespace moesaic::kernels

@@ -5,11 +5,8 @@
 
 #include "kernels/cpu/onednn.h"
 #include "kernels/cpu/panel_product.h"
+#include "kernels/cpu/vnni-inl.h"
 #include "kernels/neurons.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace moesaic::kernels {
 
@@ -68,23 +65,6 @@ void packed_neurons_soon(const PackedNeurons& list) {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,f16c,fma")
 namespace {
-
-using Byte = std::uint8_t;
-
-__mmask16 first_lanes(std::int64_t n) {
-  return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1);
-}
-
-[[gnu::always_inline]] inline __m512 load_halves(__mmask16 lanes, const Byte* p) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, p));
-}
-
-[[gnu::always_inline]] inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
-
-/// 128 high + low, as float32.
-[[gnu::always_inline]] inline __m512 join_digits(__m512i high, __m512i low) {
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
-}
 
 /// sum + scales · (codes · x) for 64 columns in order: two units, eight lanes each. `scales` holds
 /// d of x times d of w for 16 units, `which` the lanes of these two.
@@ -181,13 +161,6 @@ template <int kBits, bool kHasMin, int kBias>
   return _mm512_add_ps(sums[0], sums[1]);
 }
 
-template <int kBitsV, bool kHasMinV, int kBiasV>
-struct Format {
-  static constexpr int kBits = kBitsV;
-  static constexpr bool kHasMin = kHasMinV;
-  static constexpr int kBias = kBiasV;
-};
-
 // What the down rows of a batch are multiplied by, per unit of columns: a_j = h_j d_j as integers
 // of two digits, a_j ≈ scale (128 high_j + low_j), scale = max_j |a_j| / (127 · 128). A quad holds
 // one digit of four neurons.
@@ -252,17 +225,6 @@ template <class Format>
     _mm512_mask_storeu_ps(to.scale + u, lanes, scale);
     _mm512_mask_storeu_ps(to.constant + u, lanes, constant);
   }
-}
-
-/// Bytes of four rows side by side: word 4 l + e of part i holds byte 16 l + 4 i + e of each.
-[[gnu::always_inline]] inline void four_rows(__m512i a, __m512i b, __m512i c, __m512i d,
-                                             __m512i (&part)[4]) {
-  const __m512i ab = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
-  const __m512i cd = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
-  part[0] = _mm512_unpacklo_epi16(ab, cd);
-  part[1] = _mm512_unpackhi_epi16(ab, cd);
-  part[2] = _mm512_unpacklo_epi16(ab_high, cd_high);
-  part[3] = _mm512_unpackhi_epi16(ab_high, cd_high);
 }
 
 /// y[column, column + 16) += scale · (128 high + low) + constant of the unit, of the first lanes.
@@ -347,8 +309,6 @@ template <class Format>
   }
 }
 
-using FormatBF16 = Format<16, false, 0>;
-
 template <>
 inline void add_down<FormatBF16>(const Byte* const* down, const float* h, const NeuronLayout&,
                                  std::int64_t cols, float* y, float*) {
@@ -414,18 +374,60 @@ void add_neurons_of(Context& ctx, const PackedNeurons& list, Activation phi, con
   }
 }
 
+// Rows between a row's fetching and its use: as many bytes as kAhead neurons.
+constexpr std::int64_t kRowsAhead = 3 * kAhead;
+
+[[gnu::always_inline]] inline void fetch_row(const ListedRows& list, std::int64_t bytes,
+                                             std::int64_t j) {
+  if (j >= list.count) return;
+  const std::byte* p = list.data + list.ids[j] * bytes;
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+template <class Format>
+void multiply_rows_of(const ListedRows& list, const NeuronInput& x, float* y) {
+  const std::int64_t bytes = neuron_layout(list.dtype, list.cols).single_row_bytes();
+  for (std::int64_t j = 0; j < kRowsAhead; ++j) fetch_row(list, bytes, j);
+  for (std::int64_t first = 0; first < list.count; first += kBatch) {
+    const std::int64_t n = std::min(kBatch, list.count - first);
+    __m512 lanes[kBatch];
+    for (std::int64_t j = 0; j < n; ++j) {
+      fetch_row(list, bytes, first + j + kRowsAhead);
+      const auto* row = reinterpret_cast<const Byte*>(list.data + list.ids[first + j] * bytes);
+      lanes[j] = dot<Format>(row, list.cols, x);
+    }
+    // Summed across together: one by one, each would wait for its row.
+    for (std::int64_t j = 0; j < n; ++j) y[list.ids[first + j]] = _mm512_reduce_add_ps(lanes[j]);
+  }
+}
+
 }  // namespace
 #pragma GCC pop_options
+
+void multiply_rows(const ListedRows& list, const NeuronInput& x, float* y) {
+  switch (list.dtype) {
+    case DType::Q4_0:
+      return multiply_rows_of<FormatQ4_0>(list, x, y);
+    case DType::Q4_1:
+      return multiply_rows_of<FormatQ4_1>(list, x, y);
+    case DType::Q8_0:
+      return multiply_rows_of<FormatQ8_0>(list, x, y);
+    case DType::BF16:
+      return multiply_rows_of<FormatBF16>(list, x, y);
+    default:
+      return;  // has_neurons() says no
+  }
+}
 
 void add_packed_neurons(Context& ctx, const PackedNeurons& list, Activation phi,
                         const NeuronInput& x, float* y, float* scratch) {
   switch (list.dtype) {
     case DType::Q4_0:
-      return add_neurons_of<Format<4, false, 8>>(ctx, list, phi, x, y, scratch);
+      return add_neurons_of<FormatQ4_0>(ctx, list, phi, x, y, scratch);
     case DType::Q4_1:
-      return add_neurons_of<Format<4, true, 0>>(ctx, list, phi, x, y, scratch);
+      return add_neurons_of<FormatQ4_1>(ctx, list, phi, x, y, scratch);
     case DType::Q8_0:
-      return add_neurons_of<Format<8, false, 128>>(ctx, list, phi, x, y, scratch);
+      return add_neurons_of<FormatQ8_0>(ctx, list, phi, x, y, scratch);
     case DType::BF16:
       return add_neurons_of<FormatBF16>(ctx, list, phi, x, y, scratch);
     default:
@@ -435,6 +437,7 @@ void add_packed_neurons(Context& ctx, const PackedNeurons& list, Activation phi,
 #else
 void add_packed_neurons(Context&, const PackedNeurons&, Activation, const NeuronInput&, float*,
                         float*) {}  // has_neurons() says no
+void multiply_rows(const ListedRows&, const NeuronInput&, float*) {}
 #endif
 
 }  // namespace moesaic::kernels

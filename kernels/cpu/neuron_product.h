@@ -50,4 +50,17 @@ void add_packed_neurons(Context& ctx, const PackedNeurons& neurons, Activation p
 /// Fetches those that add_packed_neurons will begin with.
 void packed_neurons_soon(const PackedNeurons& neurons);
 
+/// Listed rows of a matrix in the order of pack_in_rows() (neurons.h).
+struct ListedRows {
+  const std::byte* data = nullptr;
+  DType dtype = DType::Q8_0;
+  std::int64_t cols = 0;
+  const std::int32_t* ids = nullptr;
+  std::int64_t count = 0;
+};
+
+/// y[i] = row i · x for the listed i, on the calling thread; other elements of y are left alone.
+/// has_neurons(dtype, cols).
+void multiply_rows(const ListedRows& rows, const NeuronInput& x, float* y);
+
 }  // namespace moesaic::kernels

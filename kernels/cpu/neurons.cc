@@ -47,21 +47,24 @@ void pack_out_codes(DType dtype, const Byte* row, std::int64_t cols, Byte* to) {
   for (std::int64_t u = 0; u < cols / 32; ++u) {
     Byte unit[32];
     unit_codes(dtype, row, u, unit);
-    for (std::int64_t i = 0; i < 32; ++i) {
-      const std::int64_t c = 32 * u + i;
-      if (dtype == DType::Q8_0) {
-        const std::int64_t in = c % 64;
-        to[c - in + in % 16 / 4 * 16 + in / 16 * 4 + in % 4] = unit[i];
-        continue;
-      }
-      const std::int64_t group = c / 128 * 128;
-      const std::int64_t half = cols - group < 128 ? 32 : 64;
-      const std::int64_t in = (c - group) % half;
-      const std::int64_t width = half / 4;  // consecutive columns
-      Byte& at = to[group / 2 + in % width / 4 * 16 + in / width * 4 + in % 4];
-      at = static_cast<Byte>(c - group < half ? unit[i] : at | unit[i] << 4);
-    }
+    crosswise_codes(dtype, unit, 32 * u, cols, to);
   }
+}
+
+// Scales and codes of one row.
+void pack_row(DType dtype, const Byte* row, std::int64_t cols, bool out, Byte* to) {
+  const NeuronLayout layout = neuron_layout(dtype, cols);
+  if (dtype == DType::BF16) {
+    std::memcpy(to, row, static_cast<std::size_t>(layout.code_bytes));
+    return;
+  }
+  const std::int64_t units = cols / 32;
+  for (std::int64_t u = 0; u < units; ++u) {
+    const Byte* block = row + u * traits(dtype).block_bytes;
+    std::memcpy(to + 2 * u, block, 2);
+    if (has_min(dtype)) std::memcpy(to + 2 * (units + u), block + 2, 2);
+  }
+  (out ? pack_out_codes : pack_in_codes)(dtype, row, cols, to + layout.scale_bytes);
 }
 
 }  // namespace
@@ -87,28 +90,20 @@ NeuronLayout neuron_layout(DType dtype, std::int64_t cols) {
 
 void pack_neurons(const WeightView& rows, Range range, std::byte* neurons) {
   const NeuronLayout layout = neuron_layout(rows.dtype, rows.cols);
-  const DTypeTraits& t = traits(rows.dtype);
-  const auto units = static_cast<std::size_t>(rows.cols / 32);
   for (std::int64_t i = range.begin; i < range.end; ++i) {
     Byte* to = reinterpret_cast<Byte*>(neurons) + i * layout.neuron_bytes();
     for (int part = 0; part < 3; ++part, to += layout.row_bytes()) {
       const auto* row = reinterpret_cast<const Byte*>(rows.row(3 * i + part));
-      if (rows.dtype == DType::BF16) {
-        std::memcpy(to, row, static_cast<std::size_t>(layout.code_bytes));
-        continue;
-      }
-      for (std::size_t u = 0; u < units; ++u) {
-        const Byte* block = row + u * static_cast<std::size_t>(t.block_bytes);
-        std::memcpy(to + 2 * u, block, 2);
-        if (has_min(rows.dtype)) std::memcpy(to + 2 * (units + u), block + 2, 2);
-      }
-      Byte* codes = to + layout.scale_bytes;
-      if (part < 2) {
-        pack_in_codes(rows.dtype, row, rows.cols, codes);
-      } else {
-        pack_out_codes(rows.dtype, row, rows.cols, codes);
-      }
+      pack_row(rows.dtype, row, rows.cols, part == 2, to);
     }
+  }
+}
+
+void pack_in_rows(const WeightView& w, Range range, std::byte* to) {
+  const NeuronLayout layout = neuron_layout(w.dtype, w.cols);
+  for (std::int64_t r = range.begin; r < range.end; ++r) {
+    pack_row(w.dtype, reinterpret_cast<const Byte*>(w.row(r)), w.cols, false,
+             reinterpret_cast<Byte*>(to) + r * layout.single_row_bytes());
   }
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/base/aligned_buffer.h"
+#include "kernels/columns.h"
 #include "kernels/neurons.h"
 #include "kernels/panels.h"
 #include "kernels/quant.h"
@@ -95,6 +96,35 @@ void pack_secret_moe(SecretMoeView& moe, ThreadPool& pool, Pieces& pieces) {
   moe.all_gate = gathered_panels(moe, 0, pool, pieces);
   moe.all_up = gathered_panels(moe, 1, pool, pieces);
   moe.all_down = down_panels(moe, pool, pieces);
+}
+
+namespace {
+
+const std::byte* all_columns(const WeightView& w, ThreadPool& pool, Pieces& pieces) {
+  std::byte* to = pieces.take(columns_bytes(w));
+  if (pieces.counting()) return nullptr;
+  pool.run([&](int thread) { pack_columns(w, split(w.cols / 32, pool.n_threads(), thread), to); });
+  return to;
+}
+
+const std::byte* all_in_rows(const WeightView& w, ThreadPool& pool, Pieces& pieces) {
+  std::byte* to = pieces.take(w.rows * neuron_layout(w.dtype, w.cols).single_row_bytes());
+  if (pieces.counting()) return nullptr;
+  pool.run([&](int thread) { pack_in_rows(w, split(w.rows, pool.n_threads(), thread), to); });
+  return to;
+}
+
+}  // namespace
+
+void pack_self_routed(SelfRoutedView& layer, ThreadPool& pool, Pieces& pieces) {
+  for (WeightView* w : {&layer.w_gate, &layer.w_up, &layer.w_down}) pack_matrix(*w, pool, pieces);
+  const auto columns = [](const WeightView& w) { return has_columns(w.dtype, w.rows, w.cols); };
+  const bool up =
+      layer.up_by_input ? columns(layer.w_up) : has_neurons(layer.w_up.dtype, layer.d_model());
+  if (!columns(layer.w_gate) || !up || !columns(layer.w_down)) return;
+  layer.gate_columns = all_columns(layer.w_gate, pool, pieces);
+  layer.up_parts = (layer.up_by_input ? all_columns : all_in_rows)(layer.w_up, pool, pieces);
+  layer.down_columns = all_columns(layer.w_down, pool, pieces);
 }
 
 }  // namespace moesaic::kernels
