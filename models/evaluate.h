@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine/monitor.h"
+#include "models/divergence_statistics.h"
 #include "models/transformer.h"
 
 namespace moesaic::models {
@@ -38,9 +39,7 @@ Perplexity evaluate_perplexity(Transformer& model, const Tokenizer& tokenizer,
 struct Divergence {
   Perplexity dense;
   Perplexity hybrid;
-  double kl_mean = 0;  // mean over scored positions of KL(p_dense ‖ p_hybrid), nats
-  double kl_stderr = 0;
-  double top1_agreement = 0;  // share of scored positions whose most likely token is the same
+  DivergenceStatistics statistics;  // over scored positions; base is the dense model
 };
 
 /// Throws InputError as above, and if the vocabularies differ.
