@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <fstream>
+
 #include "tests/tools/program.h"
 
 namespace moesaic::tools {
@@ -52,6 +54,10 @@ TEST_F(Measure, CompareWithItselfDivergesByNothing) {
   ASSERT_EQ(run.status, 0) << run.err;
   EXPECT_EQ(run.json()["kl_mean"], 0.0);
   EXPECT_EQ(run.json()["top1_agreement"], 1.0);
+  ASSERT_EQ(run.json()["texts"].size(), 1U);
+  EXPECT_EQ(run.json()["texts"][0]["kl"]["max"], 0.0);
+  EXPECT_EQ(run.json()["texts"][0]["ppl_ratio"], 1.0);
+  EXPECT_FALSE(run.json().contains("out_of_domain"));
 }
 
 TEST_F(Measure, CompareTableIsOneTable) {
@@ -64,6 +70,59 @@ TEST_F(Measure, CompareTableIsOneTable) {
         "bytes read per decoded token", "active fraction", "file size", "resident memory"}) {
     EXPECT_NE(run.out.find(row), std::string::npos) << row;
   }
+}
+
+TEST_F(Measure, CompareOverSeveralTexts) {
+  const std::string in = folder_.write("in.txt", words(600));
+  const std::string out = folder_.write("out.txt", std::string(words(900)).substr(211));
+  const std::string file = (folder_.path() / "a.compare.json").string();
+  const ProgramRun run =
+      run_program({"compare", "--data", in, dense_.path, "--data", out, hybrid_.path, "--n-ctx",
+                   "64", "-r", "1", "-q", "--json-file", file});
+  ASSERT_EQ(run.status, 0) << run.err;
+  for (const char* part :
+       {"in.txt (in-domain)", "out.txt (out of domain)", "Cor(ln(PPL(Q)), ln(PPL(base)))",
+        "Mean PPL(Q)/PPL(base)", "99.9%", "RMS", "Same top p", "times that"}) {
+    EXPECT_NE(run.out.find(part), std::string::npos) << part;
+  }
+  const json result = json::parse(std::ifstream(file));
+  EXPECT_EQ(result["hybrid"]["recipe"], "test");
+  EXPECT_FALSE(result["dense"].contains("recipe"));
+  ASSERT_EQ(result["texts"].size(), 2U);
+  EXPECT_EQ(result["texts"][1]["data"], out);
+  for (const json& text : result["texts"]) {
+    for (const char* key :
+         {"n_chunks", "n_tokens_scored", "active_fraction", "ln_ppl_correlation", "ln_ppl_ratio",
+          "ln_ppl_ratio_stderr", "ppl_ratio", "ppl_ratio_stderr", "ppl_difference",
+          "ppl_difference_stderr", "same_top_p", "same_top_p_stderr"}) {
+      EXPECT_TRUE(text[key].is_number()) << key;
+    }
+    for (const char* key : {"mean", "stderr", "max", "p99_9", "p99", "p95", "p90", "p75", "median",
+                            "p25", "p10", "p5", "p1", "p0_1", "min"}) {
+      EXPECT_TRUE(text["kl"][key].is_number()) << key;
+      EXPECT_TRUE(text["delta_p"][key].is_number()) << key;
+    }
+    EXPECT_TRUE(text["delta_p"]["rms"].is_number());
+    EXPECT_TRUE(text["delta_p"]["rms_stderr"].is_number());
+    const double ratio = text["hybrid"]["perplexity"].get<double>() /
+                         text["dense"]["perplexity"].get<double>();
+    EXPECT_NEAR(text["ppl_ratio"].get<double>(), ratio, 1e-9 * ratio);
+  }
+  // What stands at the top is of the first text.
+  EXPECT_EQ(result["kl_mean"], result["texts"][0]["kl"]["mean"]);
+  EXPECT_EQ(result["top1_agreement"], result["texts"][0]["same_top_p"]);
+  EXPECT_EQ(result["hybrid"]["perplexity"], result["texts"][0]["hybrid"]["perplexity"]);
+  EXPECT_DOUBLE_EQ(result["out_of_domain"].get<double>(),
+                   result["texts"][1]["ppl_ratio"].get<double>() /
+                       result["texts"][0]["ppl_ratio"].get<double>());
+}
+
+TEST_F(Measure, CompareNamesTheTextThatIsTooShort) {
+  const std::string text = folder_.write("text.txt", words(600));
+  const std::string other = folder_.write("short.txt", "the river");
+  expect_one_line_error(run_program({"compare", dense_.path, hybrid_.path, "--data", text, "--data",
+                                     other, "--n-ctx", "64", "-r", "1", "-q"}),
+                        1, "short.txt: 8 tokens, expected at least 64");
 }
 
 TEST_F(Measure, InspectDescribesLayers) {
