@@ -213,6 +213,21 @@ void top_logits(std::span<const float> logits, double lse, std::size_t n, TokenS
   }
 }
 
+// While it lives all rows go through the model's last layer, not only those that are scored, so
+// that every layer weighs alike in the active fraction.
+class AllRows {
+ public:
+  explicit AllRows(Transformer& model) : model_(model) {
+    model.set_selection_observer([](int, std::int64_t, std::span<const std::int32_t>) {});
+  }
+  ~AllRows() { model_.set_selection_observer({}); }
+  AllRows(const AllRows&) = delete;
+  AllRows& operator=(const AllRows&) = delete;
+
+ private:
+  Transformer& model_;
+};
+
 // ln Σ exp of a row of the model's logits. Throws FormatError where it is NaN or infinite.
 double checked_log_sum_exp(const Transformer& model, std::span<const float> logits) {
   const double lse = engine::log_sum_exp(logits);
@@ -267,11 +282,15 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
   std::vector<TokenDivergence> positions(
       static_cast<std::size_t>(chunks.size() * chunks.n_scored()));
   Mean nll_dense, nll_hybrid, kl;
+  double active = 0;
+  const AllRows dense_rows(dense), hybrid_rows(hybrid);
   monitor.stage("compare", chunks.size());
   for (std::int64_t c = 0; c < chunks.size(); ++c) {
     const std::span<const std::int32_t> input = chunks.input(c);
     dense_runner.run(input, monitor);
+    hybrid.context().tally.reset();  // the two models may share one
     hybrid_runner.run(input, monitor);
+    active += hybrid.context().tally.active_fraction();
     const auto of_chunk =
         std::span(positions).subspan(static_cast<std::size_t>(c * chunks.n_scored()),
                                      static_cast<std::size_t>(chunks.n_scored()));
@@ -302,7 +321,8 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
   }
   return {.dense = summary(nll_dense, options, chunks.size(), dense_runner.seconds()),
           .hybrid = summary(nll_hybrid, options, chunks.size(), hybrid_runner.seconds()),
-          .statistics = divergence_statistics(positions)};
+          .statistics = divergence_statistics(positions),
+          .active_fraction = active / static_cast<double>(chunks.size())};
 }
 
 TokenScores score_tokens(Transformer& model, std::span<const std::int32_t> ids, int top_n,

@@ -40,9 +40,12 @@ struct Divergence {
   Perplexity dense;
   Perplexity hybrid;
   DivergenceStatistics statistics;  // over scored positions; base is the dense model
+  // Multiply-adds of the hybrid's MLPs over those of dense ones, of all tokens of the chunks.
+  double active_fraction = 1;
 };
 
-/// Throws InputError as above, and if the vocabularies differ.
+/// Resets the hybrid's tally, which counts its multiply-adds. Throws InputError as above, and if
+/// the vocabularies differ.
 Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const Tokenizer& tokenizer,
                                std::span<const std::int32_t> tokens, const ChunkOptions& options,
                                engine::Monitor& monitor);

@@ -56,7 +56,6 @@ struct Side {
 struct TextResult {
   std::string data;
   models::Divergence divergence;
-  double active_fraction = 1;  // of the hybrid's MLPs
 
   double ratio() const { return divergence.statistics.perplexity_ratio.value; }
 };
@@ -142,7 +141,7 @@ Json as_json(const TextResult& text) {
   Json json = {{"data", text.data},
                {"n_chunks", text.divergence.dense.n_chunks},
                {"n_tokens_scored", text.divergence.dense.n_tokens_scored},
-               {"active_fraction", text.active_fraction},
+               {"active_fraction", text.divergence.active_fraction},
                {"dense", perplexity(text.divergence.dense)},
                {"hybrid", perplexity(text.divergence.hybrid)}};
   json.update(divergence_json(text.divergence.statistics));
@@ -179,11 +178,14 @@ std::string text_blocks(const std::vector<TextResult>& texts) {
   std::string out;
   for (std::size_t i = 0; i < texts.size(); ++i) {
     const models::Perplexity& dense = texts[i].divergence.dense;
-    out += fmt::format("\n{}{}: {} chunks of {} tokens ({} scored), {:.3f} of the MLPs active\n\n{}",
-                       file_name(texts[i].data),
-                       !several ? "" : i == 0 ? " (in-domain)" : " (out of domain)", dense.n_chunks,
-                       dense.n_ctx, dense.n_tokens_scored, texts[i].active_fraction,
-                       divergence_tables(texts[i].divergence.statistics));
+    out += fmt::format(
+        "\n{}{}: {} chunks of {} tokens ({} scored), {:.3f} of the MLPs active\n\n{}",
+        file_name(texts[i].data),
+        !several ? ""
+        : i == 0 ? " (in-domain)"
+                 : " (out of domain)",
+        dense.n_chunks, dense.n_ctx, dense.n_tokens_scored, texts[i].divergence.active_fraction,
+        divergence_tables(texts[i].divergence.statistics));
   }
   if (!several) return out;
   out += fmt::format("\nperplexity ratio {:.3f} in-domain; out of domain", texts[0].ratio());
@@ -238,8 +240,7 @@ std::string as_table(const Side (&sides)[2], const std::vector<TextResult>& text
       "{}\n{} chunks of {} tokens ({} scored), {} threads, {} activations; tokens/s: median ± "
       "standard deviation of {} repetitions, the two models in turn.\n{}",
       table, divergence.dense.n_chunks, divergence.dense.n_ctx, divergence.dense.n_tokens_scored,
-      options.run.threads, options.run.activations, options.repetitions,
-      text_blocks(texts));
+      options.run.threads, options.run.activations, options.repetitions, text_blocks(texts));
 }
 
 void compare(const CompareOptions& options) {
@@ -264,11 +265,9 @@ void compare(const CompareOptions& options) {
   const std::vector<std::vector<std::int32_t>> tokens = read_texts(options, *dense.tokenizer);
   std::vector<TextResult> texts;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
-    texts.push_back({options.data[i],
-                     models::evaluate_divergence(dense.transformer, hybrid.transformer,
-                                                 *dense.tokenizer, tokens[i], options.chunks,
-                                                 progress),
-                     hybrid.checkpoint->active_fraction()});
+    texts.push_back({options.data[i], models::evaluate_divergence(
+                                          dense.transformer, hybrid.transformer, *dense.tokenizer,
+                                          tokens[i], options.chunks, progress)});
   }
   sides[0].quality = texts[0].divergence.dense;
   sides[1].quality = texts[0].divergence.hybrid;

@@ -64,16 +64,16 @@ Json divergence_json(const models::DivergenceStatistics& s) {
 }
 
 std::string divergence_tables(const models::DivergenceStatistics& s) {
-  const std::string perplexities = markdown_table(
-      {{"Q: hybrid, base: dense", "value"},
-       {"Mean PPL(Q)", cell(s.perplexity_q, 4)},
-       {"Mean PPL(base)", cell(s.perplexity_base, 4)},
-       {"Cor(ln(PPL(Q)), ln(PPL(base)))",
-        fmt::format("{:.2f} %", kPercent * s.ln_perplexity_correlation)},
-       {"Mean ln(PPL(Q)/PPL(base))", cell(s.ln_perplexity_ratio, 5)},
-       {"Mean PPL(Q)/PPL(base)", cell(s.perplexity_ratio, 5)},
-       {"Mean PPL(Q)-PPL(base)", cell(s.perplexity_difference, 4)},
-       {"Same top p", cell(s.same_top, 3, kPercent) + " %"}});
+  const std::string perplexities =
+      markdown_table({{"Q: hybrid, base: dense", "value"},
+                      {"Mean PPL(Q)", cell(s.perplexity_q, 4)},
+                      {"Mean PPL(base)", cell(s.perplexity_base, 4)},
+                      {"Cor(ln(PPL(Q)), ln(PPL(base)))",
+                       fmt::format("{:.2f} %", kPercent * s.ln_perplexity_correlation)},
+                      {"Mean ln(PPL(Q)/PPL(base))", cell(s.ln_perplexity_ratio, 5)},
+                      {"Mean PPL(Q)/PPL(base)", cell(s.perplexity_ratio, 5)},
+                      {"Mean PPL(Q)-PPL(base)", cell(s.perplexity_difference, 4)},
+                      {"Same top p", cell(s.same_top, 3, kPercent) + " %"}});
   std::vector<std::vector<std::string>> rows = {
       {"", "KLD (nats)", "Δp (%)"},
       {"Mean", cell(s.kl, 6), cell(s.delta_p, 3, kPercent)},

@@ -70,8 +70,8 @@ TEST(DivergenceStatistics, EqualsTheLoops) {
   EXPECT_NEAR(s.ln_perplexity_correlation,
               loops.covariance(base, q) / loops.error(base) / loops.error(q), 1e-9);
   expect_estimate(s.ln_perplexity_ratio, std::log(ppl_q / ppl_base), loops.error(difference), "ln");
-  expect_estimate(s.perplexity_ratio, ppl_q / ppl_base,
-                  ppl_q / ppl_base * loops.error(difference), "ratio");
+  expect_estimate(s.perplexity_ratio, ppl_q / ppl_base, ppl_q / ppl_base * loops.error(difference),
+                  "ratio");
   // Propagated: the error of ppl_q · (nll_q's mean) − ppl_base · (nll_base's mean).
   std::vector<double> linear;
   for (std::size_t i = 0; i < q.size(); ++i) linear.push_back(ppl_q * q[i] - ppl_base * base[i]);
@@ -171,7 +171,9 @@ TEST(DivergenceStatistics, ATokenThatQRulesOutIsNotANumberNowhere) {
   EXPECT_TRUE(std::isfinite(s.perplexity_ratio.value));
 }
 
-TEST(DivergenceStatistics, NoTokenIsRefused) { EXPECT_THROW(divergence_statistics({}), InputError); }
+TEST(DivergenceStatistics, NoTokenIsRefused) {
+  EXPECT_THROW(divergence_statistics({}), InputError);
+}
 
 }  // namespace
 }  // namespace moesaic::models

@@ -104,8 +104,8 @@ TEST_F(Measure, CompareOverSeveralTexts) {
     }
     EXPECT_TRUE(text["delta_p"]["rms"].is_number());
     EXPECT_TRUE(text["delta_p"]["rms_stderr"].is_number());
-    const double ratio = text["hybrid"]["perplexity"].get<double>() /
-                         text["dense"]["perplexity"].get<double>();
+    const double ratio =
+        text["hybrid"]["perplexity"].get<double>() / text["dense"]["perplexity"].get<double>();
     EXPECT_NEAR(text["ppl_ratio"].get<double>(), ratio, 1e-9 * ratio);
   }
   // What stands at the top is of the first text.
