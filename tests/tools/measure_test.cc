@@ -146,5 +146,96 @@ TEST_F(Measure, InspectDescribesLayers) {
   EXPECT_NE(table.out.find("general.architecture"), std::string::npos);
 }
 
+// Windows of 16 with a BOS in front are 15 tokens of text each.
+TEST_F(Measure, InspectCountsExpertsOverAText) {
+  const std::string text = folder_.write("text.txt", words(200));
+  const ProgramRun run = run_program({"inspect", hybrid_.path, "--data", text, "--n-ctx", "16",
+                                      "--chunks", "5", "-o", "json", "-q"});
+  ASSERT_EQ(run.status, 0) << run.err;
+  const json experts = run.json()["experts"];
+  EXPECT_EQ(experts["n_tokens"], 80);
+  EXPECT_FALSE(experts.contains("top_tokens"));
+  ASSERT_EQ(experts["layers"].size(), 2U);
+  for (const json& layer : experts["layers"]) {
+    ASSERT_EQ(layer["counts"].size(), static_cast<std::size_t>(TinyModel::kExperts));
+    std::int64_t sum = 0, used = 0;
+    for (const json& count : layer["counts"]) {
+      sum += count.get<std::int64_t>();
+      used += count > 0 ? 1 : 0;
+    }
+    EXPECT_EQ(sum, 80 * TinyModel::kActive);
+    EXPECT_EQ(layer["n_used"], used);
+    EXPECT_EQ(layer["n_never"], TinyModel::kExperts - used);
+    EXPECT_EQ(layer["never"].size(), layer["n_never"].get<std::size_t>());
+    for (const json& id : layer["never"]) EXPECT_EQ(layer["counts"][id.get<std::size_t>()], 0);
+    const json& first = layer["most_used"][0];
+    EXPECT_DOUBLE_EQ(first["share"].get<double>(),
+                     layer["counts"][first["expert"].get<std::size_t>()].get<double>() / 80);
+  }
+}
+
+TEST_F(Measure, InspectShowsTheTokensOfAnExpert) {
+  const std::string text = folder_.write("text.txt", words(200));
+  const auto inspect = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> line = {"inspect", hybrid_.path, "--data", text,
+                                     "--n-ctx", "16",         "-q"};
+    line.insert(line.end(), more.begin(), more.end());
+    return run_program(line);
+  };
+  const json first = inspect({"-o", "json"}).json()["experts"];
+  const auto busy = first["layers"][1]["most_used"][0]["expert"].get<std::int64_t>();
+  const std::string id = "1:" + std::to_string(busy);
+  const ProgramRun run = inspect({"--experts", id + ",0:3", "--top-tokens", "4", "-o", "json"});
+  ASSERT_EQ(run.status, 0) << run.err;
+  const json shown = run.json()["experts"]["top_tokens"];
+  ASSERT_EQ(shown.size(), 2U);
+  EXPECT_EQ(shown[0]["layer"], 1);
+  EXPECT_EQ(shown[0]["expert"], busy);
+  EXPECT_EQ(shown[0]["share"], first["layers"][1]["most_used"][0]["share"]);
+  ASSERT_EQ(shown[0]["tokens"].size(), 4U);
+  for (std::size_t i = 0; i < 4; ++i) {
+    const json& token = shown[0]["tokens"][i];
+    for (const char* key : {"place", "id", "text", "before", "after", "contribution"}) {
+      EXPECT_TRUE(token.contains(key)) << key;
+    }
+    if (i > 0) {
+      EXPECT_LE(token["contribution"].get<double>(),
+                shown[0]["tokens"][i - 1]["contribution"].get<double>());
+    }
+    // Its context is that of the text, and ends with the window.
+    if (token["place"].get<int>() % 16 == 0) {
+      EXPECT_EQ(token["before"], "");
+    } else {
+      const std::string around = token["before"].get<std::string>() +
+                                 token["text"].get<std::string>() +
+                                 token["after"].get<std::string>();
+      const std::size_t tag = around.find('>');
+      EXPECT_NE(words(200).find(tag == around.npos ? around : around.substr(tag + 1)),
+                std::string::npos)
+          << around;
+    }
+  }
+  const ProgramRun table = inspect({"--top-tokens", "2"});
+  EXPECT_EQ(table.status, 0) << table.err;
+  EXPECT_NE(table.out.find("layer 1, expert " + std::to_string(busy) + ": fires for"),
+            std::string::npos);
+  EXPECT_NE(table.out.find("never fire"), std::string::npos);
+}
+
+TEST_F(Measure, InspectRefusesExpertsThatAreNone) {
+  const auto refuse = [&](const std::vector<std::string>& more, int status,
+                          const std::string& part) {
+    std::vector<std::string> line = {"inspect", hybrid_.path, "-q"};
+    line.insert(line.end(), more.begin(), more.end());
+    expect_one_line_error(run_program(line), status, part);
+  };
+  refuse({"-p", "the", "--experts", "1"}, 2, "expected LAYER:EXPERT");
+  refuse({"-p", "the", "--experts", "1:x"}, 2, "expected LAYER:EXPERT");
+  refuse({"--experts", "1:2"}, 2, "need a text");
+  refuse({"-p", "the", "--data", "x"}, 2, "excludes");
+  refuse({"-p", "the", "--experts", "2:0"}, 1, "no such layer");
+  refuse({"-p", "the", "--experts", "1:40"}, 1, "layer 1 has experts 0 to 39");
+}
+
 }  // namespace
 }  // namespace moesaic::tools
