@@ -63,6 +63,10 @@ bool drawable(const Run& run) {
   return run.quality && std::isfinite(run.quality->ratio) && std::isfinite(run.active_fraction);
 }
 
+bool has_out(const Run& run) {
+  return run.quality->ratio_out && std::isfinite(*run.quality->ratio_out);
+}
+
 Plane draw_axes(Svg& svg, std::span<const Run> runs) {
   double low = 1, high = 0, least = 1, most = 1.1;
   for (const Run& run : runs) {
@@ -70,7 +74,8 @@ Plane draw_axes(Svg& svg, std::span<const Run> runs) {
     low = std::min(low, run.active_fraction);
     high = std::max(high, run.active_fraction);
     least = std::min(least, run.quality->ratio);
-    most = std::max({most, run.quality->ratio, run.quality->ratio_out.value_or(0)});
+    most = std::max(most, run.quality->ratio);
+    if (has_out(run)) most = std::max(most, *run.quality->ratio_out);
   }
   // Whole tenths with room on both sides.
   low = std::max(0.0, std::floor(low * 10 - 0.2) / 10);
@@ -103,7 +108,7 @@ void draw_legend(Svg& svg, std::span<const Run> runs, const Colours& colours) {
   bool any_out = false;
   for (const Run& run : runs) {
     recipes.insert(run.recipe);
-    any_out |= drawable(run) && run.quality->ratio_out.has_value();
+    any_out |= drawable(run) && has_out(run);
   }
   double x = kLeft, y = 14;
   const auto entry = [&](const std::string& css, const std::string& label) {
@@ -147,7 +152,7 @@ std::string figure(std::string_view id, std::span<const Run> runs, const Colours
     std::string tip =
         fmt::format("{} ({}): {} of the MLPs active, {} × the dense perplexity", run.name,
                     run.recipe, number(run.active_fraction, 3), number(run.quality->ratio, 3));
-    if (run.quality->ratio_out && std::isfinite(*run.quality->ratio_out)) {
+    if (has_out(run)) {
       const double y_out = plane.y(*run.quality->ratio_out);
       tip += fmt::format(", {} × out of domain", number(*run.quality->ratio_out, 3));
       svg.line(x, y, x, y_out, "stem");

@@ -277,7 +277,7 @@ void compare(const CompareOptions& options) {
     sides[i].active_fraction = model.checkpoint->active_fraction();
     sides[i].file_bytes = model.checkpoint->file->file_bytes();
     if (models::is_hybrid(*model.checkpoint->file)) {
-      sides[i].recipe = model.checkpoint->file->get_string(models::kKeyRecipe);
+      sides[i].recipe = model.checkpoint->file->get_string(models::kKeyRecipe, "");
     }
   }
   if (!options.json_file.empty()) {
