@@ -159,7 +159,7 @@ std::string figure(std::string_view id, std::span<const Run> runs, const Colours
       svg.circle(x, y_out, 4, "before", tip);
     }
     svg.circle(x, y, 5, fmt::format("point c{}", colours.at(run.recipe)), tip);
-    if (run.best) svg.text(x + 8, y - 7, number(run.quality->ratio, 2), "value");
+    if (run.best) svg.text(x + 8, y - 7, fixed(run.quality->ratio, 2), "value");
   }
   return svg.str();
 }
