@@ -5,6 +5,7 @@
 
 #include "converter/report.h"
 #include "converter/report_figures.h"
+#include "converter/report_style.h"
 #include "converter/svg.h"
 
 namespace moesaic::converter {
@@ -243,6 +244,8 @@ std::string provenance(const ConvertOptions& options, const ConvertReport& repor
 }
 
 }  // namespace
+
+std::string_view report_style() { return kStyle; }
 
 std::string report_html(const ConvertOptions& options, const ConvertReport& report) {
   const std::string name = escape_html(options.model.filename().string());

@@ -213,6 +213,21 @@ void top_logits(std::span<const float> logits, double lse, std::size_t n, TokenS
   }
 }
 
+// While it lives all rows go through the model's last layer, not only those that are scored, so
+// that every layer weighs alike in the active fraction.
+class AllRows {
+ public:
+  explicit AllRows(Transformer& model) : model_(model) {
+    model.set_selection_observer([](int, std::int64_t, std::span<const std::int32_t>) {});
+  }
+  ~AllRows() { model_.set_selection_observer({}); }
+  AllRows(const AllRows&) = delete;
+  AllRows& operator=(const AllRows&) = delete;
+
+ private:
+  Transformer& model_;
+};
+
 // ln Σ exp of a row of the model's logits. Throws FormatError where it is NaN or infinite.
 double checked_log_sum_exp(const Transformer& model, std::span<const float> logits) {
   const double lse = engine::log_sum_exp(logits);
@@ -264,18 +279,21 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
   check_ids(tokens, dense.config().vocab_size);
   SequenceRunner dense_runner(dense, options.n_ctx, chunks.first_scored(), chunks.n_scored());
   SequenceRunner hybrid_runner(hybrid, options.n_ctx, chunks.first_scored(), chunks.n_scored());
-  struct Position {
-    double nll_dense, nll_hybrid, kl;
-    bool same_top;
-  };
-  std::vector<Position> positions(static_cast<std::size_t>(dense_runner.block_rows()));
+  std::vector<TokenDivergence> positions(
+      static_cast<std::size_t>(chunks.size() * chunks.n_scored()));
   Mean nll_dense, nll_hybrid, kl;
-  std::int64_t n_same = 0;
+  double active = 0;
+  const AllRows dense_rows(dense), hybrid_rows(hybrid);
   monitor.stage("compare", chunks.size());
   for (std::int64_t c = 0; c < chunks.size(); ++c) {
     const std::span<const std::int32_t> input = chunks.input(c);
     dense_runner.run(input, monitor);
+    hybrid.context().tally.reset();  // the two models may share one
     hybrid_runner.run(input, monitor);
+    active += hybrid.context().tally.active_fraction();
+    const auto of_chunk =
+        std::span(positions).subspan(static_cast<std::size_t>(c * chunks.n_scored()),
+                                     static_cast<std::size_t>(chunks.n_scored()));
     for (std::int64_t done = 0; done < chunks.n_scored(); done += dense_runner.block_rows()) {
       monitor.check();
       const std::int64_t n = std::min(dense_runner.block_rows(), chunks.n_scored() - done);
@@ -286,28 +304,25 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
         const std::int32_t target = chunks.target(c, first + r);
         const double lse_p = checked_log_sum_exp(dense, row(p, r));
         const double lse_q = checked_log_sum_exp(hybrid, row(q, r));
-        positions[static_cast<std::size_t>(r)] = {
-            .nll_dense = lse_p - p.row(r)[target],
-            .nll_hybrid = lse_q - q.row(r)[target],
-            .kl = engine::kl_divergence(row(p, r), lse_p, row(q, r), lse_q),
+        of_chunk[static_cast<std::size_t>(done + r)] = {
+            .nll_base = static_cast<float>(lse_p - p.row(r)[target]),
+            .nll_q = static_cast<float>(lse_q - q.row(r)[target]),
+            .kl = static_cast<float>(engine::kl_divergence(row(p, r), lse_p, row(q, r), lse_q)),
             .same_top = engine::argmax(row(p, r)) == engine::argmax(row(q, r))};
       });
-      for (std::int64_t r = 0; r < n; ++r) {
-        const Position& position = positions[static_cast<std::size_t>(r)];
-        nll_dense.add(position.nll_dense);
-        nll_hybrid.add(position.nll_hybrid);
-        kl.add(position.kl);
-        n_same += position.same_top ? 1 : 0;
-      }
+    }
+    for (const TokenDivergence& position : of_chunk) {
+      nll_dense.add(position.nll_base);
+      nll_hybrid.add(position.nll_q);
+      kl.add(position.kl);
     }
     monitor.advance(c + 1, fmt::format("ppl {:.3f} / {:.3f}, KL {:.4f}", std::exp(nll_dense.mean()),
                                        std::exp(nll_hybrid.mean()), kl.mean()));
   }
   return {.dense = summary(nll_dense, options, chunks.size(), dense_runner.seconds()),
           .hybrid = summary(nll_hybrid, options, chunks.size(), hybrid_runner.seconds()),
-          .kl_mean = kl.mean(),
-          .kl_stderr = kl.stderror(),
-          .top1_agreement = static_cast<double>(n_same) / static_cast<double>(kl.n)};
+          .statistics = divergence_statistics(positions),
+          .active_fraction = active / static_cast<double>(chunks.size())};
 }
 
 TokenScores score_tokens(Transformer& model, std::span<const std::int32_t> ids, int top_n,

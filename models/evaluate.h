@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine/monitor.h"
+#include "models/divergence_statistics.h"
 #include "models/transformer.h"
 
 namespace moesaic::models {
@@ -38,12 +39,13 @@ Perplexity evaluate_perplexity(Transformer& model, const Tokenizer& tokenizer,
 struct Divergence {
   Perplexity dense;
   Perplexity hybrid;
-  double kl_mean = 0;  // mean over scored positions of KL(p_dense ‖ p_hybrid), nats
-  double kl_stderr = 0;
-  double top1_agreement = 0;  // share of scored positions whose most likely token is the same
+  DivergenceStatistics statistics;  // over scored positions; base is the dense model
+  // Multiply-adds of the hybrid's MLPs over those of dense ones, of all tokens of the chunks.
+  double active_fraction = 1;
 };
 
-/// Throws InputError as above, and if the vocabularies differ.
+/// Resets the hybrid's tally, which counts its multiply-adds. Throws InputError as above, and if
+/// the vocabularies differ.
 Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const Tokenizer& tokenizer,
                                std::span<const std::int32_t> tokens, const ChunkOptions& options,
                                engine::Monitor& monitor);

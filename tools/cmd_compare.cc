@@ -1,11 +1,15 @@
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <filesystem>
 #include <memory>
 
 #include "engine/throughput.h"
 #include "models/evaluate.h"
 #include "models/gguf_writer.h"
+#include "models/secret_moe_file.h"
 #include "tools/commands.h"
+#include "tools/divergence_output.h"
 #include "tools/options.h"
 #include "tools/output.h"
 #include "tools/progress.h"
@@ -22,7 +26,8 @@ constexpr std::int64_t kDecode = 128;
 constexpr std::int64_t kBatch = 512;  // tokens per prefill pass
 
 struct CompareOptions {
-  std::string dense, hybrid, data;
+  std::string dense, hybrid;
+  std::vector<std::string> data;  // the first: in-domain; the others: out of domain
   models::ChunkOptions chunks;
   int repetitions = 5;
   std::string format;
@@ -33,7 +38,8 @@ struct CompareOptions {
 /// Everything measured about one of the two models.
 struct Side {
   std::string path;
-  models::Perplexity quality;
+  std::string recipe;                   // that made the file; empty where it says none
+  models::Perplexity quality;           // of the first text
   std::vector<double> prefill, decode;  // tokens/s, one per repetition
   double bytes_per_token = 0;           // of decode
   double active_fraction = 1;
@@ -45,6 +51,36 @@ struct Side {
   double prefill_tps() const { return median(prefill); }
   double decode_tps() const { return median(decode); }
 };
+
+/// One text: how far the hybrid strays from the dense model on it.
+struct TextResult {
+  std::string data;
+  models::Divergence divergence;
+
+  double ratio() const { return divergence.statistics.perplexity_ratio.value; }
+};
+
+/// Tokens of every text. Throws InputError for one that does not fill a chunk: now, and not when
+/// its turn comes.
+std::vector<std::vector<std::int32_t>> read_texts(const CompareOptions& options,
+                                                  const models::Tokenizer& tokenizer) {
+  std::vector<std::vector<std::int32_t>> texts;
+  for (const std::string& path : options.data) {
+    texts.push_back(read_data(path, tokenizer));
+    const auto n = static_cast<std::int64_t>(texts.back().size());
+    const std::int64_t expected = options.chunks.n_ctx - (tokenizer.add_bos ? 1 : 0);
+    require<InputError>(n >= expected, "{}: {} tokens, expected at least {}, one chunk", path, n,
+                        expected);
+  }
+  return texts;
+}
+
+/// Largest perplexity ratio of an out-of-domain text over the in-domain ratio.
+double out_of_domain(const std::vector<TextResult>& texts) {
+  double largest = 0;
+  for (std::size_t i = 1; i < texts.size(); ++i) largest = std::max(largest, texts[i].ratio());
+  return largest / texts[0].ratio();
+}
 
 /// The two models in turn within each repetition, and the order turned from one repetition to the
 /// next: what the machine does beside this weighs on both alike.
@@ -83,36 +119,86 @@ void measure_throughput(Model& dense, Model& hybrid, Side (&sides)[2],
 }
 
 Json as_json(const Side& side) {
-  return {{"model", side.path},
-          {"perplexity", side.quality.perplexity},
-          {"perplexity_stderr", side.quality.perplexity_stderr},
-          {"prefill_tps", side.prefill_tps()},
-          {"prefill_tps_stddev", sample_stddev(side.prefill)},
-          {"decode_tps", side.decode_tps()},
-          {"decode_tps_stddev", sample_stddev(side.decode)},
-          {"bytes_per_token", side.bytes_per_token},
-          {"active_fraction", side.active_fraction},
-          {"file_bytes", side.file_bytes},
-          {"resident_bytes", side.resident_bytes}};
+  Json json = {{"model", side.path},
+               {"perplexity", side.quality.perplexity},
+               {"perplexity_stderr", side.quality.perplexity_stderr},
+               {"prefill_tps", side.prefill_tps()},
+               {"prefill_tps_stddev", sample_stddev(side.prefill)},
+               {"decode_tps", side.decode_tps()},
+               {"decode_tps_stddev", sample_stddev(side.decode)},
+               {"bytes_per_token", side.bytes_per_token},
+               {"active_fraction", side.active_fraction},
+               {"file_bytes", side.file_bytes},
+               {"resident_bytes", side.resident_bytes}};
+  if (!side.recipe.empty()) json["recipe"] = side.recipe;
+  return json;
 }
 
-Json as_json(const Side (&sides)[2], const models::Divergence& divergence,
+Json as_json(const TextResult& text) {
+  const auto perplexity = [](const models::Perplexity& p) -> Json {
+    return {{"perplexity", p.perplexity}, {"perplexity_stderr", p.perplexity_stderr}};
+  };
+  Json json = {{"data", text.data},
+               {"n_chunks", text.divergence.dense.n_chunks},
+               {"n_tokens_scored", text.divergence.dense.n_tokens_scored},
+               {"active_fraction", text.divergence.active_fraction},
+               {"dense", perplexity(text.divergence.dense)},
+               {"hybrid", perplexity(text.divergence.hybrid)}};
+  json.update(divergence_json(text.divergence.statistics));
+  return json;
+}
+
+Json as_json(const Side (&sides)[2], const std::vector<TextResult>& texts,
              const CompareOptions& options) {
-  return {{"dense", as_json(sides[0])},
-          {"hybrid", as_json(sides[1])},
-          {"kl_mean", divergence.kl_mean},
-          {"kl_stderr", divergence.kl_stderr},
-          {"top1_agreement", divergence.top1_agreement},
-          {"n_chunks", divergence.dense.n_chunks},
-          {"n_ctx", divergence.dense.n_ctx},
-          {"n_tokens_scored", divergence.dense.n_tokens_scored},
-          {"n_threads", options.run.threads},
-          {"activations", options.run.activations},
-          {"repetitions", options.repetitions}};
+  const models::Divergence& first = texts[0].divergence;
+  Json json = {{"dense", as_json(sides[0])},
+               {"hybrid", as_json(sides[1])},
+               {"kl_mean", first.statistics.kl.value},
+               {"kl_stderr", first.statistics.kl.stderror},
+               {"top1_agreement", first.statistics.same_top.value},
+               {"n_chunks", first.dense.n_chunks},
+               {"n_ctx", first.dense.n_ctx},
+               {"n_tokens_scored", first.dense.n_tokens_scored},
+               {"n_threads", options.run.threads},
+               {"activations", options.run.activations},
+               {"repetitions", options.repetitions},
+               {"texts", Json::array()}};
+  for (const TextResult& text : texts) json["texts"].push_back(as_json(text));
+  if (texts.size() > 1) json["out_of_domain"] = out_of_domain(texts);
+  return json;
 }
 
-std::string as_table(const Side (&sides)[2], const models::Divergence& divergence,
+std::string file_name(const std::string& path) {
+  return std::filesystem::path(path).filename().string();
+}
+
+/// One block a text, and how the out-of-domain ratios compare with the in-domain one.
+std::string text_blocks(const std::vector<TextResult>& texts) {
+  const bool several = texts.size() > 1;
+  std::string out;
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    const models::Perplexity& dense = texts[i].divergence.dense;
+    out += fmt::format(
+        "\n{}{}: {} chunks of {} tokens ({} scored), {:.3f} of the MLPs active\n\n{}",
+        file_name(texts[i].data),
+        !several ? ""
+        : i == 0 ? " (in-domain)"
+                 : " (out of domain)",
+        dense.n_chunks, dense.n_ctx, dense.n_tokens_scored, texts[i].divergence.active_fraction,
+        divergence_tables(texts[i].divergence.statistics));
+  }
+  if (!several) return out;
+  out += fmt::format("\nperplexity ratio {:.3f} in-domain; out of domain", texts[0].ratio());
+  for (std::size_t i = 1; i < texts.size(); ++i) {
+    out += fmt::format("{} {:.3f} ({}), {:.3f} times that", i == 1 ? "" : ";", texts[i].ratio(),
+                       file_name(texts[i].data), texts[i].ratio() / texts[0].ratio());
+  }
+  return out + "\n";
+}
+
+std::string as_table(const Side (&sides)[2], const std::vector<TextResult>& texts,
                      const CompareOptions& options) {
+  const models::Divergence& divergence = texts[0].divergence;
   const Side& dense = sides[0];
   const Side& hybrid = sides[1];
   const auto ratio = [](double h, double d) { return fmt::format("{:.3f}", h / d); };
@@ -130,9 +216,11 @@ std::string as_table(const Side (&sides)[2], const models::Divergence& divergenc
        {"perplexity", perplexity(dense), perplexity(hybrid),
         ratio(hybrid.quality.perplexity, dense.quality.perplexity)},
        {"KL divergence from dense (nats)", "0",
-        fmt::format("{:.4f} ± {:.4f}", divergence.kl_mean, divergence.kl_stderr), ""},
+        fmt::format("{:.4f} ± {:.4f}", divergence.statistics.kl.value,
+                    divergence.statistics.kl.stderror),
+        ""},
        {"top-1 agreement with dense", "100 %",
-        fmt::format("{:.1f} %", 100 * divergence.top1_agreement), ""},
+        fmt::format("{:.1f} %", 100 * divergence.statistics.same_top.value), ""},
        {fmt::format("prefill, pp{} (tokens/s)", dense.n_prefill),
         speed(dense.prefill_tps(), dense.prefill), speed(hybrid.prefill_tps(), hybrid.prefill),
         ratio(hybrid.prefill_tps(), dense.prefill_tps())},
@@ -150,9 +238,9 @@ std::string as_table(const Side (&sides)[2], const models::Divergence& divergenc
         ratio(number(hybrid.resident_bytes), number(dense.resident_bytes))}});
   return fmt::format(
       "{}\n{} chunks of {} tokens ({} scored), {} threads, {} activations; tokens/s: median ± "
-      "standard deviation of {} repetitions, the two models in turn.\n",
+      "standard deviation of {} repetitions, the two models in turn.\n{}",
       table, divergence.dense.n_chunks, divergence.dense.n_ctx, divergence.dense.n_tokens_scored,
-      options.run.threads, options.run.activations, options.repetitions);
+      options.run.threads, options.run.activations, options.repetitions, text_blocks(texts));
 }
 
 void compare(const CompareOptions& options) {
@@ -174,22 +262,29 @@ void compare(const CompareOptions& options) {
   Model dense(options.dense, runtime.context);
   Model hybrid(options.hybrid, runtime.context);
   warn_beyond_context(dense, options.chunks.n_ctx, progress);
-  const std::vector<std::int32_t> tokens = read_data(options.data, *dense.tokenizer);
-  const models::Divergence divergence = models::evaluate_divergence(
-      dense.transformer, hybrid.transformer, *dense.tokenizer, tokens, options.chunks, progress);
-  sides[0].quality = divergence.dense;
-  sides[1].quality = divergence.hybrid;
+  const std::vector<std::vector<std::int32_t>> tokens = read_texts(options, *dense.tokenizer);
+  std::vector<TextResult> texts;
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    texts.push_back({options.data[i], models::evaluate_divergence(
+                                          dense.transformer, hybrid.transformer, *dense.tokenizer,
+                                          tokens[i], options.chunks, progress)});
+  }
+  sides[0].quality = texts[0].divergence.dense;
+  sides[1].quality = texts[0].divergence.hybrid;
   measure_throughput(dense, hybrid, sides, options, runtime, progress);
   for (int i = 0; i < 2; ++i) {
     const Model& model = i == 0 ? dense : hybrid;
     sides[i].active_fraction = model.checkpoint->active_fraction();
     sides[i].file_bytes = model.checkpoint->file->file_bytes();
+    if (models::is_hybrid(*model.checkpoint->file)) {
+      sides[i].recipe = model.checkpoint->file->get_string(models::kKeyRecipe, "");
+    }
   }
   if (!options.json_file.empty()) {
-    models::write_file_atomically(options.json_file, to_text(as_json(sides, divergence, options)));
+    models::write_file_atomically(options.json_file, to_text(as_json(sides, texts, options)));
   }
-  print(options.format == "json" ? to_text(as_json(sides, divergence, options))
-                                 : as_table(sides, divergence, options));
+  print(options.format == "json" ? to_text(as_json(sides, texts, options))
+                                 : as_table(sides, texts, options));
 }
 
 }  // namespace
@@ -200,8 +295,11 @@ void add_compare(CLI::App& app, Action& action) {
       app.add_subcommand("compare", "Dense and hybrid side by side: quality, speed, bytes");
   cmd->add_option("DENSE", options->dense, "Dense checkpoint (.gguf)")->required();
   cmd->add_option("HYBRID", options->hybrid, "Hybrid made from it (.gguf)")->required();
-  cmd->add_option("--data", options->data, "Text file; .u32: token ids, raw little-endian uint32")
-      ->required();
+  cmd->add_option("--data", options->data,
+                  "Text file; .u32: token ids, raw little-endian uint32. Again: more texts, out of "
+                  "the first one's domain")
+      ->required()
+      ->allow_extra_args(false);
   add_chunk_options(*cmd, options->chunks);
   cmd->add_option("-r,--repetitions", options->repetitions, "Throughput measurements of each model")
       ->check(integer_between(1, 1000))
@@ -213,8 +311,14 @@ void add_compare(CLI::App& app, Action& action) {
       R"(Bytes per token are counted by the kernels while decoding. Resident memory is that of a process
 of its own that loaded one model, prefilled 512 tokens and decoded 32.
 
+The first text should be of the domain that the hybrid was calibrated on. tools/fetch-prose gets one
+that WikiText is not, the Jargon File, and prints its path. `moesaic report` draws what --json-file
+leaves in files named *.compare.json.
+
 Examples:
   moesaic compare SmolLM2.gguf hybrid.gguf --data wiki.test.raw --chunks 40
+  moesaic compare SmolLM2.gguf hybrid.gguf --data wiki.test.raw --data $(tools/fetch-prose)
+  moesaic compare SmolLM2.gguf hybrid.gguf --data wiki.test.raw --json-file runs/a.compare.json
   moesaic compare SmolLM2.gguf hybrid.gguf --data wiki.test.raw -o json > table.json)");
   cmd->callback([options, &action] { action = [options] { compare(*options); }; });
 }

@@ -1,15 +1,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <map>
 #include <memory>
-#include <numeric>
 
-#include "engine/kv_cache.h"
+#include "models/expert_usage.h"
 #include "models/mlp.h"
 #include "models/secret_moe_file.h"
 #include "models/self_routed_file.h"
 #include "tools/commands.h"
+#include "tools/expert_output.h"
 #include "tools/options.h"
 #include "tools/output.h"
 #include "tools/progress.h"
@@ -18,13 +19,18 @@
 namespace moesaic::tools {
 namespace {
 
-constexpr std::size_t kMostUsed = 8;   // experts listed per layer
-constexpr std::size_t kLongText = 60;  // metadata text beyond this is cut in the table
+constexpr std::int64_t kTopTokens = 10;    // of each of --experts
+constexpr std::size_t kShownPerLayer = 3;  // experts whose tokens are shown, without --experts
+constexpr std::size_t kLongText = 60;      // metadata text beyond this is cut in the table
 
 struct InspectOptions {
   std::string model;
   std::string text;
-  bool from_text = false;
+  std::string data;
+  bool from_text = false;  // one of the two is given
+  models::ChunkOptions chunks;
+  std::vector<models::ExpertId> experts;
+  std::int64_t top_tokens = 0;
   std::string format;
   RunOptions run;
 };
@@ -94,85 +100,78 @@ std::string cell(const Json& object, const char* key) {
 
 // ---- which experts fire ------------------------------------------------------------------------
 
-/// Per layer: how often each expert was selected, [n_experts] (empty for a dense layer).
-using Usage = std::vector<std::vector<std::int64_t>>;
-
-Usage expert_usage(Model& model, std::span<const std::int32_t> ids, engine::Monitor& monitor) {
-  models::Transformer& transformer = model.transformer;
-  const models::ModelConfig& config = transformer.config();
-  Usage usage(static_cast<std::size_t>(config.n_layers));
-  for (std::size_t l = 0; l < usage.size(); ++l) {
-    if (const auto* moe = std::get_if<kernels::SecretMoeView>(&model.checkpoint->layers[l].mlp)) {
-      usage[l].resize(static_cast<std::size_t>(moe->n_experts()));
-    }
+/// Windows of n_ctx ids, BOS in front of each where the model wants it, one behind the other: of
+/// --data as many as asked for, of -p the whole text in one.
+std::vector<std::int32_t> windows(const InspectOptions& options, const Model& model,
+                                  std::int64_t& n_ctx) {
+  const models::Tokenizer& tokenizer = *model.tokenizer;
+  const std::int64_t context = model.transformer.shape().context_length;
+  const bool bos = tokenizer.add_bos && tokenizer.bos.has_value();
+  std::vector<std::int32_t> text;
+  if (options.data.empty()) {
+    text = tokenizer.encode(options.text, models::SpecialTokens::Text);
+    n_ctx = static_cast<std::int64_t>(text.size()) + (bos ? 1 : 0);
+    require<InputError>(n_ctx > 0, "-p: empty, expected text");
+    require<InputError>(n_ctx <= context, "-p: {} tokens, the model's context is {}", n_ctx,
+                        context);
+  } else {
+    text = read_data(options.data, tokenizer);
+    n_ctx = std::min(options.chunks.n_ctx, context);
   }
-  transformer.set_selection_observer(
-      [&](int layer, std::int64_t, std::span<const std::int32_t> selected) {
-        for (const std::int32_t expert : selected) {
-          ++usage[static_cast<std::size_t>(layer)][static_cast<std::size_t>(expert)];
-        }
-      });
-  const auto n = static_cast<std::int64_t>(ids.size());
-  engine::KvCache cache(config.n_layers, 1, n, config.n_kv_heads, config.head_dim);
-  std::vector<float> logits(static_cast<std::size_t>(config.vocab_size));
-  constexpr std::int64_t kBatch = 256;
-  monitor.stage("run the text", n);
-  for (std::int64_t first = 0; first < n; first += kBatch) {
-    monitor.check();
-    const std::int64_t size = std::min(kBatch, n - first);
-    std::vector<std::int32_t> positions(static_cast<std::size_t>(size));
-    std::iota(positions.begin(), positions.end(), static_cast<std::int32_t>(first));
-    const std::vector<std::int32_t> slots(positions.size(), 0);
-    const std::int32_t last = static_cast<std::int32_t>(size) - 1;
-    transformer.forward({.tokens = ids.subspan(static_cast<std::size_t>(first), positions.size()),
-                         .slots = slots,
-                         .positions = positions,
-                         .outputs = {&last, 1}},
-                        cache, Matrix(logits.data(), 1, config.vocab_size));
-    monitor.advance(first + size, {});
+  const std::int64_t step = n_ctx - (bos ? 1 : 0);
+  const auto n_text = static_cast<std::int64_t>(text.size());
+  std::vector<std::int32_t> ids;
+  std::int64_t first = 0;
+  for (std::int64_t n = 0; n == 0 || (first < n_text && n != options.chunks.n_chunks); ++n) {
+    if (bos) ids.push_back(*tokenizer.bos);
+    const std::int64_t end = std::min(first + step, n_text);
+    ids.insert(ids.end(), text.begin() + first, text.begin() + end);
+    first = end;
   }
-  transformer.set_selection_observer({});
-  return usage;
+  return ids;
 }
 
-Json usage_json(const Usage& usage, std::int64_t n_tokens) {
-  Json layers = Json::array();
-  for (std::size_t l = 0; l < usage.size(); ++l) {
-    const std::vector<std::int64_t>& count = usage[l];
-    if (count.empty()) continue;
-    std::vector<std::size_t> order(count.size());
-    std::iota(order.begin(), order.end(), std::size_t{0});
-    std::stable_sort(order.begin(), order.end(),
-                     [&](std::size_t a, std::size_t b) { return count[a] > count[b]; });
-    Json most = Json::array();
-    for (std::size_t i = 0; i < std::min(kMostUsed, order.size()) && count[order[i]] > 0; ++i) {
-      most.push_back(
-          {{"expert", order[i]},
-           {"share", static_cast<double>(count[order[i]]) / static_cast<double>(n_tokens)}});
+/// The experts whose tokens are shown: those asked for, or the most used of each layer.
+std::vector<models::ExpertId> shown_experts(const InspectOptions& options,
+                                            const models::ExpertUsage& usage) {
+  if (!options.experts.empty() || options.top_tokens == 0) return options.experts;
+  std::vector<models::ExpertId> experts;
+  for (std::size_t l = 0; l < usage.counts.size(); ++l) {
+    for (const std::int64_t e : most_used(usage.counts[l], kShownPerLayer)) {
+      experts.push_back({static_cast<int>(l), e});
     }
-    layers.push_back(
-        {{"layer", l},
-         {"n_experts", count.size()},
-         {"n_used", std::count_if(count.begin(), count.end(), [](auto n) { return n > 0; })},
-         {"most_used", std::move(most)}});
   }
-  return {{"n_tokens", n_tokens}, {"layers", std::move(layers)}};
+  return experts;
 }
 
-std::string usage_table(const Json& usage) {
-  std::vector<std::vector<std::string>> rows = {
-      {"layer", "experts used", "most used (share of tokens)"}};
-  for (const Json& layer : usage["layers"]) {
-    std::string most;
-    for (const Json& item : layer["most_used"]) {
-      most += fmt::format("{}{} ({:.0f} %)", most.empty() ? "" : ", ", item["expert"].get<int>(),
-                          100 * item["share"].get<double>());
-    }
-    rows.push_back({layer["layer"].dump(),
-                    fmt::format("{} of {}", layer["n_used"].dump(), layer["n_experts"].dump()),
-                    most});
+struct Fired {
+  Json json;
+  std::string tables;
+};
+
+Fired fired_experts(const InspectOptions& options) {
+  Runtime runtime(options.run);
+  Model model(options.model, runtime.context);
+  Progress progress(options.run.quiet);
+  std::int64_t n_ctx = 0;
+  const std::vector<std::int32_t> ids = windows(options, model, n_ctx);
+  const models::ExpertUsage usage = models::count_experts(model.transformer, ids, n_ctx, progress);
+  Fired fired{usage_json(usage), usage_table(usage)};
+  const std::vector<models::ExpertId> experts = shown_experts(options, usage);
+  if (experts.empty()) return fired;
+  const auto n = static_cast<std::size_t>(options.top_tokens > 0 ? options.top_tokens : kTopTokens);
+  std::vector<std::vector<models::Firing>> firings =
+      models::strongest_firings(model.transformer, ids, n_ctx, experts, n, progress);
+  std::vector<ExpertTokens> shown;
+  for (std::size_t i = 0; i < experts.size(); ++i) {
+    const std::int64_t count = usage.counts[static_cast<std::size_t>(experts[i].layer)]
+                                           [static_cast<std::size_t>(experts[i].expert)];
+    shown.push_back({experts[i], static_cast<double>(count) / static_cast<double>(ids.size()),
+                     std::move(firings[i])});
   }
-  return markdown_table(rows);
+  fired.json["top_tokens"] = tokens_json(shown, ids, n_ctx, *model.tokenizer);
+  fired.tables += tokens_tables(fired.json["top_tokens"]);
+  return fired;
 }
 
 // ---- the whole ---------------------------------------------------------------------------------
@@ -241,31 +240,31 @@ std::string as_tables(const Json& description) {
                      markdown_table(metadata));
 }
 
-Json fired_experts(const InspectOptions& options) {
-  Runtime runtime(options.run);
-  Model model(options.model, runtime.context);
-  Progress progress(options.run.quiet);
-  std::vector<std::int32_t> ids =
-      model.tokenizer->encode(options.text, models::SpecialTokens::Text);
-  if (model.tokenizer->add_bos && model.tokenizer->bos) {
-    ids.insert(ids.begin(), *model.tokenizer->bos);
-  }
-  require<InputError>(!ids.empty(), "-p: empty, expected text");
-  const std::int64_t context = model.transformer.shape().context_length;
-  const auto n = static_cast<std::int64_t>(ids.size());
-  require<InputError>(n <= context, "-p: {} tokens, the model's context is {}", n, context);
-  return usage_json(expert_usage(model, ids, progress), n);
-}
-
 void inspect(const InspectOptions& options) {
   const auto checkpoint = models::Checkpoint::load(options.model);
   Json description = describe(*checkpoint);
   std::string text = options.format == "md" ? as_tables(description) : "";
   if (options.from_text) {
-    description["experts"] = fired_experts(options);
-    if (options.format == "md") text += "\n" + usage_table(description["experts"]);
+    Fired fired = fired_experts(options);
+    description["experts"] = std::move(fired.json);
+    text += "\n" + fired.tables;
   }
   print(options.format == "md" ? text : to_text(description));
+}
+
+}  // namespace
+
+namespace {
+
+/// "L:E", or nothing.
+std::optional<models::ExpertId> parse_expert(const std::string& text) {
+  models::ExpertId id;
+  const char* const end = text.data() + text.size();
+  const auto layer = std::from_chars(text.data(), end, id.layer);
+  if (layer.ec != std::errc() || layer.ptr == end || *layer.ptr != ':') return std::nullopt;
+  const auto expert = std::from_chars(layer.ptr + 1, end, id.expert);
+  if (expert.ec != std::errc() || expert.ptr != end) return std::nullopt;
+  return id;
 }
 
 }  // namespace
@@ -277,14 +276,43 @@ void add_inspect(CLI::App& app, Action& action) {
   cmd->add_option("MODEL", options->model, "Checkpoint (.gguf), dense or hybrid")->required();
   CLI::Option* text =
       cmd->add_option("-p,--prompt", options->text, "Also show which experts fire for this text");
+  CLI::Option* data = cmd->add_option(
+      "--data", options->data, "Likewise for a text file, in windows of --n-ctx; .u32: token ids");
+  text->excludes(data);
+  add_chunk_options(*cmd, options->chunks);
+  auto expert_texts = std::make_shared<std::vector<std::string>>();
+  CLI::Option* experts =
+      cmd->add_option("--experts", *expert_texts,
+                      "Show the tokens that fire these experts most: LAYER:EXPERT, …")
+          ->delimiter(',')
+          ->allow_extra_args(false)
+          ->check(CLI::Validator(
+              [](std::string& found) {
+                return parse_expert(found)
+                           ? std::string()
+                           : fmt::format("found '{}', expected LAYER:EXPERT", found);
+              },
+              "LAYER:EXPERT"));
+  CLI::Option* top =
+      cmd->add_option("--top-tokens", options->top_tokens,
+                      "How many tokens of each (10); without --experts of the 3 most used of every "
+                      "layer")
+          ->check(integer_between(1, 1000));
   add_output_option(*cmd, options->format, {"md", "json"});
   options->run.activations = "f32";
   add_run_options(*cmd, options->run);
   cmd->footer(R"(Examples:
   moesaic inspect hybrid.gguf
-  moesaic inspect hybrid.gguf -p "The river Rhine rises in the Alps." -o json)");
-  cmd->callback([options, text, &action] {
-    options->from_text = text->count() > 0;
+  moesaic inspect hybrid.gguf -p "The river Rhine rises in the Alps." -o json
+  moesaic inspect hybrid.gguf --data text.txt --chunks 20 --experts 4:17,4:902 --top-tokens 20)");
+  cmd->callback([options, expert_texts, text, data, experts, top, &action] {
+    options->from_text = text->count() > 0 || data->count() > 0;
+    if (!options->from_text && (experts->count() > 0 || top->count() > 0)) {
+      throw UsageError("--experts and --top-tokens need a text: -p or --data");
+    }
+    for (const std::string& expert : *expert_texts) {
+      options->experts.push_back(*parse_expert(expert));
+    }
     action = [options] { inspect(*options); };
   });
 }

@@ -211,9 +211,23 @@ TEST(Divergence, EqualsTheLoops) {
     };
     same += top(p.logprobs[i]) == top(q.logprobs[i]) ? 1 : 0;
   }
-  EXPECT_NEAR(found.kl_mean, mean(kl), 1e-4 * mean(kl));
-  EXPECT_NEAR(found.kl_stderr, standard_error(kl), 1e-3 * mean(kl));
-  EXPECT_DOUBLE_EQ(found.top1_agreement, same / static_cast<double>(kl.size()));
+  // Every layer of every token, the last one's too, of which only half the rows are scored.
+  EXPECT_NEAR(found.active_fraction, hybrid.checkpoint().active_fraction(), 1e-12);
+  const DivergenceStatistics& s = found.statistics;
+  EXPECT_EQ(s.n_tokens, static_cast<std::int64_t>(kl.size()));
+  EXPECT_NEAR(s.kl.value, mean(kl), 1e-4 * mean(kl));
+  EXPECT_NEAR(s.kl.stderror, standard_error(kl), 1e-3 * mean(kl));
+  EXPECT_DOUBLE_EQ(s.same_top.value, same / static_cast<double>(kl.size()));
+  const std::vector<double> of_p = nll(p), of_q = nll(q);
+  std::vector<double> delta_p;
+  for (std::size_t i = 0; i < of_p.size(); ++i) {
+    delta_p.push_back(std::exp(-of_q[i]) - std::exp(-of_p[i]));
+  }
+  EXPECT_NEAR(s.delta_p.value, mean(delta_p), 1e-4);
+  EXPECT_NEAR(s.delta_p_quantiles.max, *std::max_element(delta_p.begin(), delta_p.end()), 1e-4);
+  EXPECT_NEAR(s.perplexity_base.value, found.dense.perplexity, 1e-9 * found.dense.perplexity);
+  EXPECT_NEAR(s.perplexity_q.value, found.hybrid.perplexity, 1e-9 * found.hybrid.perplexity);
+  EXPECT_NEAR(s.perplexity_ratio.value, std::exp(mean(of_q) - mean(of_p)), 1e-3);
 }
 
 TEST(Divergence, OfAModelFromItselfIsZero) {
@@ -223,9 +237,26 @@ TEST(Divergence, OfAModelFromItselfIsZero) {
   engine::Monitor monitor;
   const Divergence found =
       evaluate_divergence(one, two, FakeTokenizer(false), random_ids(40), {.n_ctx = 16}, monitor);
-  EXPECT_EQ(found.kl_mean, 0);
-  EXPECT_EQ(found.top1_agreement, 1);
+  EXPECT_EQ(found.active_fraction, 1);
+  EXPECT_EQ(found.statistics.kl.value, 0);
+  EXPECT_EQ(found.statistics.kl_quantiles.max, 0);
+  EXPECT_EQ(found.statistics.rms_delta_p.value, 0);
+  EXPECT_EQ(found.statistics.same_top.value, 1);
   EXPECT_EQ(found.dense.perplexity, found.hybrid.perplexity);
+}
+
+// n_ctx 4 scores one token a chunk.
+TEST(Divergence, OfOneChunkAndOneToken) {
+  const TinyModel a({}), b({.moe_layers = {1}});
+  TestContext test;
+  Transformer dense(a.load(), test.context), hybrid(b.load(), test.context);
+  engine::Monitor monitor;
+  const Divergence found = evaluate_divergence(dense, hybrid, FakeTokenizer(false), random_ids(4),
+                                               {.n_ctx = 4}, monitor);
+  EXPECT_EQ(found.dense.n_chunks, 1);
+  EXPECT_EQ(found.statistics.n_tokens, 1);
+  EXPECT_EQ(found.statistics.kl.value, found.statistics.kl_quantiles.max);
+  EXPECT_EQ(found.statistics.kl.stderror, 0);
 }
 
 TEST(ScoreTokens, EqualsTheLoops) {

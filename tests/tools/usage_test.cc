@@ -9,8 +9,8 @@ namespace {
 
 using models::TinyModel;
 
-const std::vector<std::string> kCommands = {"convert", "compare", "eval",     "generate",
-                                            "bench",   "inspect", "tokenize", "score"};
+const std::vector<std::string> kCommands = {"convert", "compare",  "eval",  "generate", "bench",
+                                            "inspect", "tokenize", "score", "report"};
 
 TEST(Usage, HelpHasExamples) {
   for (const std::string& command : kCommands) {
@@ -72,6 +72,8 @@ TEST(Usage, ValuesOutOfRange) {
       {"convert", "m.gguf", "-o", "h.gguf", "--expert-type", "Q9_9"},
       {"convert", "m.gguf", "-o", "h.gguf", "--recipe", "slow"},
       {"score", "m.gguf", "--ids", "x", "--top", "-1"},
+      {"report", "folder", "-o", "page.pdf"},
+      {"inspect", "m.gguf", "-p", "x", "--top-tokens", "0"},
   };
   for (const auto& line : lines) {
     SCOPED_TRACE(line[0] + " " + line[line.size() - 2] + " " + line.back());
