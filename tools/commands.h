@@ -19,5 +19,6 @@ void add_bench(CLI::App& app, Action& action);
 void add_inspect(CLI::App& app, Action& action);
 void add_tokenize(CLI::App& app, Action& action);
 void add_score(CLI::App& app, Action& action);
+void add_study(CLI::App& app, Action& action);
 
 }  // namespace moesaic::tools
