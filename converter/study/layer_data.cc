@@ -45,7 +45,7 @@ std::vector<double> column_means(ConstMatrix m) {
 // where they do not vary beyond float32's rounding.
 bool normalise(Context& ctx, LayerData& data) {
   const ConstMatrix fitted = data.outputs().slice(0, data.n_fit);
-  const std::vector<double> mean = column_means(fitted);
+  const std::vector<double> mean = data.mean_output();
   std::vector<double> by_row(size(data.n_fit));
   std::vector<double> square(by_row.size());
   for_rows(ctx, data.n_fit, [&](std::int64_t t) {
@@ -89,6 +89,10 @@ std::optional<Inputs> inputs_from_name(std::string_view name) {
     if (inputs_name(i) == name) return i;
   }
   return std::nullopt;
+}
+
+std::vector<double> LayerData::mean_output() const {
+  return column_means(outputs().slice(0, n_fit));
 }
 
 std::int64_t LayerData::n_sinks(std::int64_t first, std::int64_t n) const {

@@ -42,6 +42,8 @@ struct LayerData {
   std::int64_t n_held_out() const { return n_tokens() - n_fit - n_choose; }
   ConstMatrix inputs() const { return {x.data(), n_tokens(), d_model}; }
   ConstMatrix outputs() const { return {y.data(), n_tokens(), d_model}; }
+  /// Of the fitted rows.   [d_model]
+  std::vector<double> mean_output() const;
   std::int64_t n_sinks(std::int64_t first, std::int64_t n) const;
   /// Of ŷ [n, d_model] for rows [first, first + n). NaN where nothing varies.
   Unexplained unexplained(std::int64_t first, ConstMatrix y_hat) const;

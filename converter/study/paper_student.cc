@@ -1,5 +1,6 @@
 #include "converter/study/paper_student.h"
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -93,7 +94,11 @@ std::vector<std::span<float>> PaperStudent::tensors() {
           router_bias.span(), bias.span()};
 }
 
-PaperStudent random_start(const StudentShape& shape, std::uint64_t seed) {
+PaperStudent random_start(const StudentShape& shape, std::span<const double> output_mean,
+                          std::uint64_t seed) {
+  require<ShapeError>(output_mean.size() == size(shape.d_model),
+                      "student of {}: {} output means, expected one per output", shape.d_model,
+                      output_mean.size());
   PaperStudent s(shape);
   std::mt19937_64 rng(seed);
   const std::int64_t outputs = shape.family == Family::Dense ? shape.n_shared : shape.n_active;
@@ -104,6 +109,10 @@ PaperStudent random_start(const StudentShape& shape, std::uint64_t seed) {
   fill_uniform(s.router_v.span(), shape.d_model, rng);
   fill_uniform(s.router_u.span(), s.router_cols(), rng);
   fill_uniform(s.router_bias.span(), s.router_cols(), rng);
+  // The protocol leaves this open. From zero, a mean beyond the deviation, as MLPs have it, is
+  // thousands of steps of 1e-3 away.
+  std::transform(output_mean.begin(), output_mean.end(), s.bias.begin(),
+                 [](double v) { return static_cast<float>(v); });
   return s;
 }
 

@@ -75,9 +75,10 @@ struct PaperStudent {
 };
 
 /// The papers' random start: rows of w_in uniform in ±1/√d_model, of w_out in ±1/√k (±1/√n_shared
-/// in a dense student), router weights and c in ±1/√(their inputs), the neurons' and the output's
-/// biases zero. The same seed gives the same student.
-PaperStudent random_start(const StudentShape& shape, std::uint64_t seed);
+/// in a dense student), router weights and c in ±1/√(their inputs), the neurons' biases zero, the
+/// output's bias `output_mean` [d_model]. Throws ShapeError. The same seed gives the same student.
+PaperStudent random_start(const StudentShape& shape, std::span<const double> output_mean,
+                          std::uint64_t seed);
 
 /// ŷ for all rows of x, in tiles.   x, y [n_tokens, d_model]
 void predict(Context& ctx, const PaperStudent& student, ConstMatrix x, Matrix y);

@@ -79,10 +79,10 @@ double training_cost(const StudentShape& s, const TrainOptions& train, std::int6
   const double parameters = 2 * d * (shared + m) + m * router;
   const auto k = static_cast<double>(s.n_active);
   const double per_token =
-      m * (0.8 + 0.012 * router) + 0.12 * k * (5 * d + 2 * router) + 0.06 * d * shared;
+      m * (0.95 + 0.007 * router) + 0.08 * k * (5 * d + 2 * router) + 0.035 * d * shared;
   const auto batch = static_cast<double>(std::min(train.batch, n_fit));
   return static_cast<double>(train.rates.size()) * static_cast<double>(train_steps(train, n_fit)) *
-         (2.5 * parameters + batch * per_token);
+         (2.3 * parameters + batch * per_token);
 }
 
 double own_cost(std::int64_t d_model, std::int64_t d_ff, double passes, std::int64_t n_fit) {
@@ -338,8 +338,10 @@ StudyReport run_study(const StudyOptions& options, Context& ctx, engine::Monitor
       "sinks and make up {:.1f} % of the variance",
       report.n_tokens, report.n_fit, report.n_choose, report.n_held_out, report.n_held_out_sinks,
       100 * report.sink_share));
-  monitor.line(fmt::format("{} students at {} rates, about {:.1f} h on two Zen 4 cores",
-                           cells.size(), train.rates.size(), total / 3.6e12));
+  const double minutes = total / 6e10;
+  monitor.line(fmt::format("{} students at {} rates, about {:.1f} {} on two Zen 4 cores of its own",
+                           cells.size(), train.rates.size(), minutes < 90 ? minutes : minutes / 60,
+                           minutes < 90 ? "min" : "h"));
 
   const Neurons teacher =
       unpack(*mlp, fmt::format("{}: blk.{}", options.model.string(), options.layer));

@@ -77,14 +77,15 @@ std::int64_t train_steps(const TrainOptions& options, std::int64_t n_fit) {
 Trained train(Context& ctx, const StudentShape& shape, const LayerData& data,
               const TrainOptions& options, std::string_view name, double from, double to,
               engine::Monitor& monitor) {
-  Trained best{random_start(shape, options.seed), kNan, {}};
+  const std::vector<double> mean = data.mean_output();
+  Trained best{random_start(shape, mean, options.seed), kNan, {}};
   double least = std::numeric_limits<double>::infinity();
   const auto n_rates = static_cast<double>(options.rates.size());
   for (const double rate : options.rates) {
     const auto done = static_cast<double>(best.by_rate.size());
     monitor.job(from + (to - from) * done / n_rates, from + (to - from) * (done + 1) / n_rates);
     monitor.stage(fmt::format("{}, rate {:g}", name, rate), train_steps(options, data.n_fit));
-    PaperStudent student = random_start(shape, options.seed);
+    PaperStudent student = random_start(shape, mean, options.seed);
     RateResult result{rate, train_at(ctx, student, data, options, rate, monitor), kNan};
     if (std::isfinite(result.training_loss)) {
       result.chosen_by = judge(ctx, student, data, data.n_fit, data.n_choose).all;

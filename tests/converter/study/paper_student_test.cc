@@ -20,8 +20,9 @@ void PrintTo(const Shaped& shaped, std::ostream* out) { *out << shaped.name; }
 class Passes : public testing::TestWithParam<Shaped> {
  protected:
   static constexpr std::int64_t kTokens = 19;
+  static std::size_t d() { return static_cast<std::size_t>(GetParam().shape.d_model); }
 
-  Passes() : student(random_start(GetParam().shape, 3)) {
+  Passes() : student(random_start(GetParam().shape, std::vector<double>(d()), 3)) {
     case_.fill(x);
     case_.fill(y);
     // Away from the symmetric start: biases that are not zero, scores that differ.
@@ -115,7 +116,7 @@ INSTANTIATE_TEST_SUITE_P(
 // One selected expert always has the gate 1: nothing that selects it can matter.
 TEST(PaperStudent, OneSelectedExpertTeachesTheRouterNothing) {
   StudyCase c;
-  PaperStudent s = random_start({Family::LowRank, 8, 1, 5, 1, 3}, 1);
+  PaperStudent s = random_start({Family::LowRank, 8, 1, 5, 1, 3}, std::vector<double>(8), 1);
   std::vector<float> x(8 * 8);
   c.fill(x);
   PaperStudent g(s.shape);
@@ -128,7 +129,8 @@ TEST(PaperStudent, OneSelectedExpertTeachesTheRouterNothing) {
 // In bfloat16 the same up to its rounding (8 bits), experts that change included.
 TEST(PaperStudent, Bfloat16IsClose) {
   StudyCase c;
-  const PaperStudent s = random_start({Family::LowRank, 64, 16, 64, 16, 16}, 1);
+  const PaperStudent s =
+      random_start({Family::LowRank, 64, 16, 64, 16, 16}, std::vector<double>(64), 1);
   std::vector<float> x(64 * 64);
   c.fill(x);
   std::vector<float> exact(x.size());
@@ -149,7 +151,8 @@ TEST(PaperStudent, Bfloat16IsClose) {
 TEST(PaperStudent, StartIsTheProtocols) {
   const StudentShape shape = student_shape(Family::LowRank, 64, 32, 100, 16);
   EXPECT_EQ(shape, (StudentShape{Family::LowRank, 64, 16, 100, 16, 16}));
-  PaperStudent s = random_start(shape, 9);
+  const std::vector<double> mean(64, 1.5);
+  PaperStudent s = random_start(shape, mean, 9);
   const auto expect_uniform = [](std::span<const float> values, double half) {
     double least = 1;
     double most = -1;
@@ -169,12 +172,14 @@ TEST(PaperStudent, StartIsTheProtocols) {
   expect_uniform(s.shared_out.span(), 1 / 4.0);
   expect_uniform(s.router_v.span(), 1 / 8.0);
   expect_uniform(s.router_u.span(), 1 / 4.0);  // 1/√r
-  for (const auto& zero : {s.shared_bias.span(), s.expert_bias.span(), s.bias.span()}) {
+  for (const auto& zero : {s.shared_bias.span(), s.expert_bias.span()}) {
     for (const float v : zero) EXPECT_EQ(v, 0);
   }
-  PaperStudent again = random_start(shape, 9);
+  for (const float v : s.bias) EXPECT_EQ(v, 1.5F);
+  EXPECT_THROW(random_start(shape, std::vector<double>(63), 9), ShapeError);
+  PaperStudent again = random_start(shape, mean, 9);
   EXPECT_TRUE(std::equal(s.expert_in.begin(), s.expert_in.end(), again.expert_in.begin()));
-  PaperStudent other = random_start(shape, 10);
+  PaperStudent other = random_start(shape, mean, 10);
   EXPECT_FALSE(std::equal(s.expert_in.begin(), s.expert_in.end(), other.expert_in.begin()));
 }
 
@@ -196,7 +201,7 @@ TEST(PaperStudent, ShapesAndTheirCost) {
 
 TEST(PaperStudent, BatchOfOtherShapeIsRefused) {
   StudyCase c;
-  const PaperStudent s = random_start({Family::Dense, 8, 2, 0, 0, 0}, 1);
+  const PaperStudent s = random_start({Family::Dense, 8, 2, 0, 0, 0}, std::vector<double>(8), 1);
   PaperStudent g(s.shape);
   std::vector<float> x(32);
   EXPECT_THROW(loss_and_gradient(c.ctx, s, {x.data(), 4, 7}, {x.data(), 4, 8}, g), ShapeError);

@@ -149,7 +149,9 @@ TEST(StudyJson, KeptCellsComeBack) {
     EXPECT_EQ(own_back.plan.n_active, own.plan.n_active);
     EXPECT_EQ(own_back.closed_form.without_sinks, own.closed_form.without_sinks);
     ASSERT_EQ(own_back.distilled.has_value(), own.distilled.has_value());
-    if (own.distilled) EXPECT_EQ(own_back.distilled->without_sinks, own.distilled->without_sinks);
+    if (own.distilled) {
+      EXPECT_EQ(own_back.distilled->without_sinks, own.distilled->without_sinks);
+    }
   }
   EXPECT_THROW(read_cell(nlohmann::json::object(), "file", back), FormatError);
   EXPECT_THROW(read_own(nlohmann::json::array(), "file"), FormatError);

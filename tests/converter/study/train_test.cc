@@ -38,9 +38,9 @@ class InFamily : public testing::TestWithParam<std::pair<StudentShape, StudentSh
 TEST_P(InFamily, IsLearntToNearZero) {
   StudyCase c;
   engine::Monitor monitor;
-  const LayerData data = data_of(c, teacher_of(c, GetParam().first), 6000);
+  const LayerData data = data_of(c, teacher_of(c, GetParam().first), 4000);
   TrainOptions options;
-  options.passes = 400;
+  options.passes = 200;
   options.batch = 256;
   options.rates = {1e-2};
   const Trained trained =
