@@ -70,7 +70,7 @@ TEST(Train, KeepsTheBestRateAndRepeats) {
   engine::Monitor monitor;
   const LayerData data = data_of(c, teacher_of(c, {Family::Dense, 8, 16, 0, 0, 0}), 2000);
   TrainOptions options;
-  options.passes = 20;
+  options.passes = 6;
   options.batch = 100;
   options.rates = {1e-6, 1e-2, 1e-4};
   const StudentShape shape = student_shape(Family::LowRank, 8, 8, 20, 4);
