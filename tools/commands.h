@@ -20,5 +20,6 @@ void add_inspect(CLI::App& app, Action& action);
 void add_tokenize(CLI::App& app, Action& action);
 void add_score(CLI::App& app, Action& action);
 void add_report(CLI::App& app, Action& action);
+void add_study(CLI::App& app, Action& action);
 
 }  // namespace moesaic::tools

@@ -43,7 +43,7 @@ int run(int argc, char** argv) {
        {moesaic::tools::add_convert, moesaic::tools::add_recover, moesaic::tools::add_compare,
         moesaic::tools::add_eval, moesaic::tools::add_generate, moesaic::tools::add_bench,
         moesaic::tools::add_inspect, moesaic::tools::add_tokenize, moesaic::tools::add_score,
-        moesaic::tools::add_report}) {
+        moesaic::tools::add_report, moesaic::tools::add_study}) {
     add(app, action);
   }
   try {
