@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
@@ -37,6 +38,17 @@ inline std::function<void(models::TinyModel&)> self_route(std::vector<int> layer
     m.set("moesaic.layer.hidden_share", GgufValue::f32_array(hidden));
     m.set("moesaic.active_fraction", GgufValue::f32(0.5F));
   };
+}
+
+/// Other up rows than the seed gives, so that there is much to learn.
+inline void replace_up(models::TinyModel& m, const std::vector<int>& layers) {
+  using models::TinyModel;
+  for (const int l : layers) {
+    const std::string name = "blk." + std::to_string(l) + ".ffn_up.weight";
+    m.erase_tensor(name);
+    m.add(name, DType::F32, {TinyModel::kFf, TinyModel::kModel},
+          1 / std::sqrt(static_cast<double>(TinyModel::kModel)));
+  }
 }
 
 }  // namespace moesaic::converter
