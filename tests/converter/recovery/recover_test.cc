@@ -40,7 +40,7 @@ class RecoverSelfRouted : public testing::TestWithParam<WriteCase> {
     o.part = 32;
     o.n_ctx = 16;
     o.held_out = 64;
-    o.rate = 1e-3;
+    o.rate = 2e-2;
     o.judge_every = 10;
     o.expert_type = GetParam().type;
     return o;
@@ -51,7 +51,10 @@ class RecoverSelfRouted : public testing::TestWithParam<WriteCase> {
   }
 
   TinyModel dense_{{.n_layers = 3, .tied = false}};
-  TinyModel hybrid_{{.n_layers = 3, .tied = false}, self_route({0, 2}, GetParam().up_by_input, 3)};
+  TinyModel hybrid_{{.n_layers = 3, .tied = false}, [](TinyModel& m) {
+                      self_route({0, 2}, GetParam().up_by_input, 3)(m);
+                      replace_up(m, {0, 2});
+                    }};
   Lent lent_;
   Silent monitor_;
   ScratchFolder folder_;

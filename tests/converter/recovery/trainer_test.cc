@@ -39,11 +39,7 @@ struct Pair {
       : dense({.n_layers = 3, .tied = false}),
         hybrid({.n_layers = 3, .tied = false, .moe_layers = {2}, .seed = 1}, [=](TinyModel& m) {
           self_route({0, 1}, up_by_input, 3, {2})(m);
-          const double scale = 1 / std::sqrt(static_cast<double>(TinyModel::kModel));
-          for (const char* name : {"blk.0.ffn_up.weight", "blk.1.ffn_up.weight"}) {
-            m.erase_tensor(name);
-            m.add(name, DType::F32, {TinyModel::kFf, TinyModel::kModel}, scale);
-          }
+          replace_up(m, {0, 1});
         }) {}
   Trainer trainer(const RecoverOptions& o) {
     return Trainer(dense.load(), *hybrid.load(), lent.ctx, tokens, o);
