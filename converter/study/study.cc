@@ -69,7 +69,7 @@ class KeptResults {
 };
 
 // Expected times in nanoseconds on two Zen 4 cores, for the ETA. Measured on Gemma-3-270M.
-double training_cost(const StudentShape& s, const TrainOptions& train, std::int64_t n_fit) {
+double training_cost(const StudentShape& s, const TrainOptions& train, std::int64_t n_tokens) {
   const auto d = static_cast<double>(s.d_model);
   const auto m = static_cast<double>(s.n_experts);
   const double router = s.family == Family::LowRank    ? static_cast<double>(s.router_rank)
@@ -80,17 +80,37 @@ double training_cost(const StudentShape& s, const TrainOptions& train, std::int6
   const auto k = static_cast<double>(s.n_active);
   const double per_token =
       m * (0.95 + 0.007 * router) + 0.08 * k * (5 * d + 2 * router) + 0.035 * d * shared;
-  const auto batch = static_cast<double>(std::min(train.batch, n_fit));
-  return static_cast<double>(train.rates.size()) * static_cast<double>(train_steps(train, n_fit)) *
-         (2.3 * parameters + batch * per_token);
+  const auto batch = static_cast<double>(std::min(train.batch, n_tokens));
+  return static_cast<double>(train.rates.size()) *
+         static_cast<double>(train_steps(train, n_tokens)) * (2.3 * parameters + batch * per_token);
 }
 
-double own_cost(std::int64_t d_model, std::int64_t d_ff, double passes, std::int64_t n_fit) {
-  return 0.04 * (3 + 3 * passes) * static_cast<double>(d_model * d_ff * n_fit);
+double own_cost(std::int64_t d_model, std::int64_t d_ff, double passes, std::int64_t n_tokens) {
+  return 0.04 * (3 + 3 * passes) * static_cast<double>(d_model * d_ff * n_tokens);
 }
 
 double collect_cost(int layer, std::int64_t d_model, std::int64_t d_ff, std::int64_t n_tokens) {
   return 0.04 * static_cast<double>(layer + 1) * static_cast<double>(d_model * d_ff * n_tokens);
+}
+
+// Bytes at the peak: inputs and outputs of both kinds and the residual stream; the largest student
+// with gradient, moments, the best one so far and its scores; the normal equations of our own
+// start.
+std::int64_t memory_bytes(const std::vector<Cell>& cells, const StudyOptions& options,
+                          std::int64_t n_tokens, std::int64_t d_model, std::int64_t d_ff) {
+  std::int64_t student = 0;
+  for (const Cell& cell : cells) {
+    const StudentShape& s = cell.shape;
+    const std::int64_t router = s.family == Family::FullRank ? d_model : s.router_rank;
+    const std::int64_t parameters = 2 * d_model * (s.n_shared + s.n_experts) + s.n_experts * router;
+    student = std::max(student, 5 * parameters + options.train.batch * s.n_experts);
+  }
+  const bool gaussian = std::find(options.inputs.begin(), options.inputs.end(), Inputs::Gaussian) !=
+                        options.inputs.end();
+  const std::int64_t f = d_ff + d_model + 1;
+  const std::int64_t equations = options.own_passes < 0 ? 0 : (4 + 8 + 8) * f * f;
+  return 4 * n_tokens * d_model * (gaussian ? 4 : 3) + 4 * student + equations +
+         (std::int64_t{200} << 20);
 }
 
 // Shares of the job for its ETA.
@@ -100,6 +120,7 @@ class Shares {
   double done() const { return std::min(1.0, done_ / total_); }
   double after(double cost) const { return std::min(1.0, (done_ + cost) / total_); }
   void finish(double cost) { done_ += cost; }
+  void drop(double cost) { total_ -= cost; }  // turned out not to be needed
 
  private:
   double total_;
@@ -162,13 +183,14 @@ class Runner {
                              (3.0 * static_cast<double>(data.d_model) * static_cast<double>(d_ff_));
     const std::string name = cell_name(cell);
     const StudentShape& s = cell.shape;
+    const double expected = training_cost(s, options_.train, data.n_tokens());
     const auto file = kept_.path(name, {s.n_shared, s.n_experts, s.n_active, s.router_rank});
     if (const auto found = kept_.load(file)) {
+      shares_.drop(expected);
       read_cell(*found, file.string(), result);
       monitor_.line(fmt::format("{}: kept from an earlier run: {}", name,
                                 describe(result.held_out, cell.inputs)));
     } else {
-      const double expected = training_cost(s, options_.train, data.n_fit);
       const auto start = Clock::now();
       const Trained trained = train(ctx_, s, data, options_.train, name, shares_.done(),
                                     shares_.after(expected), monitor_);
@@ -194,9 +216,11 @@ class Runner {
   std::optional<OwnStart> own(Inputs inputs, const std::optional<LayerPlan>& plan,
                               const LayerData& data) {
     if (!plan || options_.own_passes < 0) return std::nullopt;
+    const double expected = own_cost(data.d_model, d_ff_, options_.own_passes, data.n_tokens());
     for (const OwnStart& o : starts_) {
       if (o.plan.n_shared == plan->n_shared && o.plan.n_active == plan->n_active &&
           o.plan.router_rank == plan->router_rank && o.plan.bypass_rank == plan->bypass_rank) {
+        shares_.drop(expected);
         return o;
       }
     }
@@ -204,10 +228,10 @@ class Runner {
                                          plan->n_active, plan->router_rank, plan->bypass_rank);
     const auto file = kept_.path(name, {options_.own_passes});
     if (const auto found = kept_.load(file)) {
+      shares_.drop(expected);
       starts_.push_back(read_own(*found, file.string()));
       return starts_.back();
     }
-    const double expected = own_cost(data.d_model, d_ff_, options_.own_passes, data.n_fit);
     monitor_.job(shares_.done(), shares_.after(expected));
     DistillOptions distill = find_recipe("fast").distill;
     distill.passes = options_.own_passes;
@@ -321,6 +345,11 @@ StudyReport run_study(const StudyOptions& options, Context& ctx, engine::Monitor
     }
   }
   Shares shares(total);
+  monitor.line(fmt::format(
+      "needs about {:.1f} GB of memory",
+      static_cast<double>(memory_bytes(cells, options, n_tokens, config.d_model, config.d_ff) +
+                          checkpoint->file->file_bytes()) /
+          1e9));
   models::Transformer model(checkpoint, ctx);
   monitor.job(0, shares.after(collecting));
   monitor.stage("collect activations", std::max(1, options.layer));
@@ -347,7 +376,11 @@ StudyReport run_study(const StudyOptions& options, Context& ctx, engine::Monitor
       unpack(*mlp, fmt::format("{}: blk.{}", options.model.string(), options.layer));
   for (const Inputs inputs : options.inputs) {
     LayerData drawn;
-    if (inputs == Inputs::Gaussian) drawn = gaussian_layer(ctx, form, data, train.seed + 1);
+    if (inputs == Inputs::Gaussian) {
+      monitor.job(shares.done(), shares.done());
+      monitor.stage("draw Gaussian inputs", 1);
+      drawn = gaussian_layer(ctx, form, data, train.seed + 1);
+    }
     Runner runner(options, kept, *mlp, teacher, ctx, shares, monitor);
     for (const Cell& cell : cells) {
       if (cell.inputs != inputs) continue;

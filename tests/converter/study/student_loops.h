@@ -90,9 +90,12 @@ struct DoubleStudent {
   }
 };
 
-/// A context of two threads, and normal deviates.
+/// A context, and normal deviates. Trainings of many small steps take one thread: on a busy machine
+/// two wait for each other most of the time.
 struct StudyCase {
-  ThreadPool pool{2};
+  explicit StudyCase(int n_threads = 2) : pool(n_threads) {}
+
+  ThreadPool pool;
   Workspace workspace;
   Tally tally;
   Context ctx{pool, workspace, tally, Activations::F32};

@@ -36,7 +36,7 @@ PaperStudent teacher_of(StudyCase& c, const StudentShape& shape) {
 class InFamily : public testing::TestWithParam<std::pair<StudentShape, StudentShape>> {};
 
 TEST_P(InFamily, IsLearntToNearZero) {
-  StudyCase c;
+  StudyCase c(1);
   engine::Monitor monitor;
   const LayerData data = data_of(c, teacher_of(c, GetParam().first), 4000);
   TrainOptions options;
