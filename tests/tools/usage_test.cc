@@ -10,7 +10,7 @@ namespace {
 using models::TinyModel;
 
 const std::vector<std::string> kCommands = {"convert", "compare",  "eval",  "generate", "bench",
-                                            "inspect", "tokenize", "score", "report"};
+                                            "inspect", "tokenize", "score", "report",   "study"};
 
 TEST(Usage, HelpHasExamples) {
   for (const std::string& command : kCommands) {
