@@ -21,7 +21,7 @@ class Study : public testing::Test {
         "study",    model_.path, "--layer",      "1",  "--data",           text_,
         "--tokens", "6144",      "--experts",    "40", "--active-neurons", "16,4",
         "--rank",   "8",         "--passes",     "2",  "--rates",          "1e-3,1e-2",
-        "-t",       "2",         "--batch-size", "256"};
+        "-t",       "1",         "--batch-size", "256"};
     arguments.insert(arguments.end(), more.begin(), more.end());
     return arguments;
   }

@@ -66,7 +66,7 @@ TEST(OwnPlan, CostsNoMoreThanTheRowAndLeavesLittleUnused) {
 }
 
 TEST(OwnStart, BeatsTheMeanAndDistillationHelps) {
-  StudyCase c;
+  StudyCase c(1);
   engine::Monitor monitor;
   Neurons teacher{kernels::Activation::GeluTanh, 16, 64, {}, {}, {}};
   for (auto* w : {&teacher.w_gate, &teacher.w_up, &teacher.w_down}) {

@@ -66,7 +66,7 @@ INSTANTIATE_TEST_SUITE_P(Families, InFamily,
                          });
 
 TEST(Train, KeepsTheBestRateAndRepeats) {
-  StudyCase c;
+  StudyCase c(1);
   engine::Monitor monitor;
   const LayerData data = data_of(c, teacher_of(c, {Family::Dense, 8, 16, 0, 0, 0}), 2000);
   TrainOptions options;
@@ -90,7 +90,7 @@ TEST(Train, KeepsTheBestRateAndRepeats) {
 }
 
 TEST(Train, RateThatDivergesIsNotKept) {
-  StudyCase c;
+  StudyCase c(1);
   engine::Monitor monitor;
   const LayerData data = data_of(c, teacher_of(c, {Family::Dense, 8, 16, 0, 0, 0}), 500);
   TrainOptions options;
@@ -109,7 +109,7 @@ TEST(Train, StopsWhenAsked) {
   struct Stop : engine::Monitor {
     bool cancelled() const override { return true; }
   } monitor;
-  StudyCase c;
+  StudyCase c(1);
   const LayerData data = data_of(c, teacher_of(c, {Family::Dense, 8, 4, 0, 0, 0}), 100);
   EXPECT_THROW(train(c.ctx, student_shape(Family::Dense, 8, 8, 0, 0), data, {}, "", 0, 1, monitor),
                Interrupted);
