@@ -170,10 +170,11 @@ TEST_F(SecretMoeFile, UnknownVersionAndKindListTheKnown) {
                  w.set(std::string(kKeyFormatVersion), GgufValue::u32(2));
                }),
                "hybrid.gguf: moesaic.format_version is 2, expected 1");
-  EXPECT_PRED2(ends_with, error([](auto&, auto& w) {
-                 w.set(std::string(kKeyLayerKind), GgufValue::string_array({"dense", "peer"}));
-               }),
-               "layer 1 is of kind \"peer\", expected dense or glu+low_rank");
+  EXPECT_PRED2(
+      ends_with, error([](auto&, auto& w) {
+        w.set(std::string(kKeyLayerKind), GgufValue::string_array({"dense", "peer"}));
+      }),
+      "layer 1 is of kind \"peer\", expected one of dense, glu+low_rank, glu+gate, glu+input");
 }
 
 TEST_F(SecretMoeFile, MetadataHasOneEntryPerLayer) {
