@@ -168,12 +168,11 @@ void time(benchmark::State& state, const Setting& s, Fn&& fn) {
 void dense(benchmark::State& state, const Setting& s) {
   std::vector<float> h(static_cast<std::size_t>(s.n_tokens * kDFf));
   const Matrix h_rows(h.data(), s.n_tokens, kDFf);
-  time(state, s,
-       [&](Context& ctx, const kernels::SelfRoutedView& l, ConstMatrix x, Matrix y) {
-         kernels::gated_linear(ctx, {.x = x}, l.phi, l.w_gate, l.w_up, h_rows, Traffic::Mlp);
-         kernels::linear(ctx, l.w_down, h_rows, y, Traffic::Mlp);
-         return x.rows * 3 * kDModel * kDFf;
-       });
+  time(state, s, [&](Context& ctx, const kernels::SelfRoutedView& l, ConstMatrix x, Matrix y) {
+    kernels::gated_linear(ctx, {.x = x}, l.phi, l.w_gate, l.w_up, h_rows, Traffic::Mlp);
+    kernels::linear(ctx, l.w_down, h_rows, y, Traffic::Mlp);
+    return x.rows * 3 * kDModel * kDFf;
+  });
 }
 
 void self_routed(benchmark::State& state, const Setting& s, kernels::SelfRoutedPath path) {
@@ -195,10 +194,9 @@ void self_routed(benchmark::State& state, const Setting& s, kernels::SelfRoutedP
       return state.SkipWithError("differs from the reference");
     }
   }
-  time(state, s,
-       [&](Context& ctx, const kernels::SelfRoutedView& l, ConstMatrix x, Matrix to) {
-         return kernels::self_routed(ctx, l, {.x = x}, to, {}, path);
-       });
+  time(state, s, [&](Context& ctx, const kernels::SelfRoutedView& l, ConstMatrix x, Matrix to) {
+    return kernels::self_routed(ctx, l, {.x = x}, to, {}, path);
+  });
 }
 
 template <class Fn>
@@ -222,11 +220,10 @@ int main(int argc, char** argv) {
         for (const std::int64_t n_tokens : {1, 2, 4, 64}) {
           for (const int n_threads : {1, all}) {
             const moesaic::Setting s{dtype, up_by_input, shares, n_tokens, n_threads};
-            const std::string at =
-                fmt::format("{}/{}/inputs:{}/routed:{}/kept:{}/x:[{},{}]/threads:{}",
-                            moesaic::traits(dtype).name, up_by_input ? "glu+input" : "glu+gate",
-                            shares.input, shares.gate, shares.hidden, n_tokens, moesaic::kDModel,
-                            n_threads);
+            const std::string at = fmt::format(
+                "{}/{}/inputs:{}/routed:{}/kept:{}/x:[{},{}]/threads:{}",
+                moesaic::traits(dtype).name, up_by_input ? "glu+input" : "glu+gate", shares.input,
+                shares.gate, shares.hidden, n_tokens, moesaic::kDModel, n_threads);
             moesaic::add("dense/" + at, [=](benchmark::State& state) { moesaic::dense(state, s); });
             for (const auto& [path, name] : {std::pair{SelfRoutedPath::Sparse, "sparse/"},
                                              std::pair{SelfRoutedPath::Dense, "masked/"}}) {

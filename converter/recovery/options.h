@@ -7,9 +7,9 @@
 
 namespace moesaic::converter {
 
-/// Tokens that `--recipe best` and `recover` train on unless told otherwise: about two hours of two
+/// Tokens that `--recipe best` and `recover` train on unless told otherwise: about an hour of two
 /// Zen 4 cores for SmolLM2-135M.
-inline constexpr std::int64_t kBestRecoveryTokens = 2'000'000;
+inline constexpr std::int64_t kBestRecoveryTokens = 614'400;
 
 /// End-to-end recovery (DESIGN.md section 2, step 7): how long, how fast, and how the routers keep
 /// up with the neurons that they rank.
@@ -17,10 +17,10 @@ struct RecoverOptions {
   std::int64_t tokens = 0;       // trained; 0: no recovery
   std::int64_t text = 1 << 20;   // tokens of text that there are at most, passes over them repeat
   std::int64_t self_tokens = 0;  // tokens of the dense model's own text beside a file's
-  std::int64_t batch = 2048;     // tokens a step, a multiple of n_ctx
+  std::int64_t batch = 1024;     // tokens a step, a multiple of n_ctx
   std::int64_t part = 2048;      // of them at a time, gradients accumulated
   std::int64_t n_ctx = 512;      // window length
-  double rate = 3e-3;            // Adam, experts, shared neurons, bypass and bias
+  double rate = 2e-3;            // Adam, experts, shared neurons, bypass and bias
   double router_rate = 3e-3;     // the same for the router
   bool scaled_steps = true;      // rates in units of each tensor's root mean square
   double warm_up = 0.03;         // share of the steps with a rising rate, then a cosine to zero
