@@ -114,7 +114,11 @@ TEST(SelfRoutedFile, DamageIsNamed) {
        {"blk.1.moe.input_threshold", "blk.1.moe.gate_threshold", "blk.2.moe.hidden_threshold"}) {
     const std::string name = part;
     EXPECT_PRED2(contains, error([&](TinyModel& m) { m.erase_tensor(name); }), name);
-    EXPECT_PRED2(contains, error([&](TinyModel& m) { m.tensor(name).dims = {32}; }), name);
+    EXPECT_PRED2(contains, error([&](TinyModel& m) {
+                   m.tensor(name).dims = {32};
+                   m.tensor(name).data.resize(32 * sizeof(float));
+                 }),
+                 name);
     EXPECT_PRED2(contains, error([&](TinyModel& m) { set_floats(m, name, std::nanf("")); }), name);
     EXPECT_PRED2(contains, error([&](TinyModel& m) { set_floats(m, name, -1.0F); }), name);
     EXPECT_PRED2(contains, error([&](TinyModel& m) {
