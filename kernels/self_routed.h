@@ -60,8 +60,8 @@ enum class SelfRoutedPath {
            // the packed weights; Dense where they are missing
 };
 
-/// The path that Auto takes for a batch of n_tokens: Sparse as long as it reads less, by the shares
-/// of the calibration text.
+/// The path that Auto takes for a batch of n_tokens: Sparse as long as it costs less, by the shares
+/// of the calibration text and what a byte costs on either path.
 SelfRoutedPath choose_self_routed_path(const Context& ctx, const SelfRoutedView& layer,
                                        std::int64_t n_tokens);
 

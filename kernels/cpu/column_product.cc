@@ -178,20 +178,33 @@ template <class Format, int n>
   }
 }
 
+// Units between a unit's fetching and its use. Two and three ahead, and whole columns before the
+// next one instead of 128 rows of each, were no faster: what limits is how many lines a core asks
+// for at once (see byte_cost() in self_routed_sparse.cc).
+constexpr int kUnitsAhead = 1;
+
 template <class Format>
 std::int64_t multiply_columns_of(const ColumnProduct& p, const ColumnInput& x) {
   constexpr int kRows = Format::kBits == 8 ? 64 : 128;  // at once
   const ColumnLayout layout = column_layout(p.dtype, p.rows);
   std::fill(p.y + p.range.begin, p.y + p.range.end, 0.0f);
   std::int64_t n_units = 0, n_columns = 0;
-  const auto after = [&](std::int64_t u) {
-    while (u < x.n_units && x.count[u] == 0) ++u;
-    return u;
+  // The units with columns that count, kUnitsAhead of them fetched before their turn.
+  std::int64_t after = 0;
+  const auto next = [&] {
+    while (after < x.n_units && x.count[after] == 0) ++after;
+    return after < x.n_units ? unit_at(p, layout, x, after++) : Unit{};
   };
-  for (std::int64_t u = after(0), next; u < x.n_units; u = next) {
-    next = after(u + 1);
-    const Unit unit = unit_at(p, layout, x, u);
-    const Unit soon = next < x.n_units ? unit_at(p, layout, x, next) : Unit{};
+  Unit units[kUnitsAhead + 1];
+  for (int i = 0; i < kUnitsAhead; ++i) {
+    units[i] = next();
+    for (std::int64_t row = p.range.begin; row < p.range.end; row += kRows) {
+      fetch<Format, kRows>(units[i], layout, p.rows, row);
+    }
+  }
+  while (units[0].count > 0) {
+    const Unit& unit = units[0];
+    const Unit& soon = units[kUnitsAhead] = next();
     std::int64_t row = p.range.begin;
     for (; row + kRows <= p.range.end; row += kRows) {
       add_rows<Format, kRows>(unit, soon, layout, p.rows, row, p.y);
@@ -201,6 +214,7 @@ std::int64_t multiply_columns_of(const ColumnProduct& p, const ColumnInput& x) {
     }
     ++n_units;
     n_columns += unit.count;
+    std::copy(units + 1, units + kUnitsAhead + 1, units);
   }
   return p.range.size() * (n_units * layout.scale_bytes + n_columns * layout.column_bytes) / p.rows;
 }

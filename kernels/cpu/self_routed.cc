@@ -103,7 +103,7 @@ SelfRoutedPath choose_self_routed_path(const Context& ctx, const SelfRoutedView&
   }
   std::int64_t dense = 0;
   for (const WeightView* w : {&layer.w_gate, &layer.w_up, &layer.w_down}) dense += panel_bytes(*w);
-  const double sparse = static_cast<double>(n_tokens) * sparse_bytes(layer);
+  const double sparse = static_cast<double>(n_tokens) * sparse_cost(layer);
   return sparse < static_cast<double>(dense) ? SelfRoutedPath::Sparse : SelfRoutedPath::Dense;
 }
 

@@ -13,7 +13,8 @@ namespace moesaic::kernels {
 std::int64_t self_routed_sparse(Context& ctx, const SelfRoutedView& layer, const LinearInput& input,
                                 Matrix y);
 
-/// Estimated bytes of the weights that a token reads on the sparse path.
-double sparse_bytes(const SelfRoutedView& layer);
+/// What a token costs on the sparse path, by the layer's shares, in bytes that the dense path would
+/// read in the same time.
+double sparse_cost(const SelfRoutedView& layer);
 
 }  // namespace moesaic::kernels

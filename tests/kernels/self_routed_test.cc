@@ -416,9 +416,10 @@ TEST_P(SelfRouted, BytesAreThoseOfTheLists) {
   }
 }
 
-TEST_P(SelfRouted, AutoReadsLess) {
+TEST_P(SelfRouted, AutoTakesSparseForFewColumnsOfFewTokens) {
   Lender lender;
   Layer layer({});
+  layer.view.input_share = layer.view.gate_share = layer.view.hidden_share = 0.15f;
   const auto path = [&](std::int64_t n) {
     return choose_self_routed_path(lender.ctx, layer.view, n);
   };
