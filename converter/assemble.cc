@@ -58,10 +58,6 @@ void check_layers(const models::GgufFile& dense, std::span<const SavedLayer> lay
   }
 }
 
-bool is_self_routed(const LayerReport& layer) {
-  return layer.kind == models::kKindGluGate || layer.kind == models::kKindGluInput;
-}
-
 /// One value per layer as an array.
 template <class T, class Get>
 std::vector<T> per_layer(std::span<const LayerReport> layers, Get get) {

@@ -16,7 +16,9 @@
 #include "converter/recovery/recover_file.h"
 #include "converter/report.h"
 #include "converter/state.h"
+#include "models/expert_usage.h"
 #include "models/gguf_writer.h"
+#include "models/self_routed_file.h"
 #include "models/tokenizer.h"
 #include "models/transformer.h"
 
@@ -88,6 +90,30 @@ std::int64_t estimate_memory(const Job& job, const models::Checkpoint& checkpoin
   return std::max(converting, sampling) + checkpoint.file->file_bytes() + (std::int64_t{200} << 20);
 }
 
+// What a recovery changes in the report: shares and active fraction, and how often experts fire in
+// the hybrid as written, on the calibration text.
+void report_recovered(const Recovered& recovered, const std::filesystem::path& output,
+                      const Calibration& calibration, Context& ctx, ConvertReport& report,
+                      engine::Monitor& monitor) {
+  for (const auto& [layer, packed] : recovered.layers) {
+    const auto* routed = std::get_if<models::PackedSelfRouted>(&packed);
+    if (routed == nullptr) continue;
+    LayerReport& row = report.layers[static_cast<std::size_t>(layer)];
+    row.shares = {routed->input_share, routed->gate_share, routed->hidden_share};
+    row.active_fraction = active_fraction(row.shares, routed->up_by_input);
+  }
+  report.active_fraction = recovered.active_fraction;
+  models::Transformer model(models::Checkpoint::load(output), ctx);
+  const models::ExpertUsage usage =
+      models::count_experts(model, calibration.tokens, calibration.n_ctx, monitor);
+  for (LayerReport& row : report.layers) {
+    const auto& counts = usage.counts[static_cast<std::size_t>(row.layer)];
+    row.expert_usage.assign(counts.begin(), counts.end());
+    for (float& v : row.expert_usage) v /= static_cast<float>(usage.n_tokens);
+  }
+  report.recovery = recovered.report;
+}
+
 // Bytes of the files in a folder; 0 where there is none.
 std::int64_t folder_bytes(const std::filesystem::path& folder) {
   std::int64_t bytes = 0;
@@ -99,6 +125,10 @@ std::int64_t folder_bytes(const std::filesystem::path& folder) {
 }
 
 }  // namespace
+
+bool is_self_routed(const LayerReport& layer) {
+  return layer.kind == models::kKindGluGate || layer.kind == models::kKindGluInput;
+}
 
 ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
                       engine::Monitor& monitor) {
@@ -226,7 +256,7 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
         recover(checkpoint, hybrid, text, job.recover, state.training_path(), ctx, monitor);
     monitor.stage("write the hybrid", 1);
     write_recovered(*hybrid->file, recovered, options.output);
-    report.recovery = recovered.report;
+    report_recovered(recovered, options.output, calibration, ctx, report, monitor);
   }
   report.seconds = state.seconds() + seconds_so_far();
   report.peak_memory_bytes = peak_memory_bytes();

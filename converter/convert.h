@@ -45,12 +45,18 @@ struct LayerReport {
   // measured at one common fraction, or for self-routed layers predicted from the layer's curve.
   double sensitivity = 0;
   // ω-weighted error over ω-weighted variance of what the layer is asked to add (the MLP's output
-  // and the drift of earlier layers), packed, on held-out tokens.
+  // and the drift of earlier layers), packed, on held-out tokens. Of self-routed layers: of the
+  // MLP's output on the hybrid's stream, on the calibration tokens; before any recovery.
   double error_closed_form = 0;
   // The same of what was kept: the distilled layer where it came out better, else the closed form.
   double error_distilled = 0;
-  std::vector<float> expert_usage;  // [n_experts] share of calibration tokens that select each
+  // [n_experts] share of calibration tokens that select each, or keep it where layers route
+  // themselves. Of what was written: counted again after a recovery, as the shares are.
+  std::vector<float> expert_usage;
 };
+
+/// True for kinds that models/self_routed_file.h describes.
+bool is_self_routed(const LayerReport& layer);
 
 /// What `convert` leaves beside its output as JSON and HTML.
 struct ConvertReport {

@@ -22,6 +22,11 @@ std::string report_json(const ConvertOptions& options, const ConvertReport& repo
                   {"active_fraction", l.active_fraction},
                   {"sensitivity", l.sensitivity},
                   {"n_never_selected", never_selected(l)}};
+    if (is_self_routed(l)) {
+      layer["input_share"] = l.shares.input;
+      layer["gate_share"] = l.shares.gate;
+      layer["hidden_share"] = l.shares.hidden;
+    }
     layers.push_back(std::move(layer));
   }
   Json json = {{"model", options.model.string()},

@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "converter/convert.h"
+#include "converter/recipe.h"
 #include "tools/commands.h"
 #include "tools/dtype_names.h"
 #include "tools/options.h"
@@ -35,10 +36,11 @@ std::filesystem::path with_suffix(std::filesystem::path path, const char* suffix
   return path += suffix;
 }
 
-std::string summary(const converter::ConvertReport& report, const std::filesystem::path& output) {
-  std::vector<std::vector<std::string>> rows = {{"layer", "kind", "shared", "experts", "selected",
-                                                 "router rank", "bypass rank", "active",
-                                                 "closed form", "distilled"}};
+using Rows = std::vector<std::vector<std::string>>;
+
+Rows low_rank_rows(const converter::ConvertReport& report) {
+  Rows rows = {{"layer", "kind", "shared", "experts", "selected", "router rank", "bypass rank",
+                "active", "closed form", "distilled"}};
   for (const converter::LayerReport& layer : report.layers) {
     const bool dense = layer.kind == "dense";
     const auto count = [dense](std::int64_t n) { return dense ? "" : std::to_string(n); };
@@ -48,12 +50,48 @@ std::string summary(const converter::ConvertReport& report, const std::filesyste
                     dense ? "" : fmt::format("{:.4f}", layer.error_closed_form),
                     dense ? "" : fmt::format("{:.4f}", layer.error_distilled)});
   }
-  return fmt::format(
-      "{}\nactive fraction {:.4f} (mean over layers, router and bypass counted), {} calibration "
-      "tokens\n{} and {} at most in memory\n\n{}\n{}\n{}\n",
-      markdown_table(rows), report.active_fraction, report.n_tokens, format_seconds(report.seconds),
-      format_bytes(static_cast<double>(report.peak_memory_bytes)), output.string(),
-      with_suffix(output, ".report.json").string(), with_suffix(output, ".report.html").string());
+  return rows;
+}
+
+Rows self_routed_rows(const converter::ConvertReport& report) {
+  Rows rows = {{"layer", "kind", "inputs", "routed", "kept", "active", "predicted KL", "error"}};
+  for (const converter::LayerReport& layer : report.layers) {
+    std::vector<std::string> row = {std::to_string(layer.layer), layer.kind};
+    if (is_self_routed(layer)) {
+      for (const double share : {layer.shares.input, layer.shares.gate, layer.shares.hidden}) {
+        row.push_back(fmt::format("{:.3f}", share));
+      }
+    } else {
+      row.insert(row.end(), 3, "");
+    }
+    row.push_back(fmt::format("{:.3f}", layer.active_fraction));
+    for (const double v : {layer.sensitivity, layer.error_closed_form}) {
+      row.push_back(is_self_routed(layer) ? fmt::format("{:.4f}", v) : "");
+    }
+    rows.push_back(std::move(row));
+  }
+  return rows;
+}
+
+std::string summary(const converter::ConvertOptions& options,
+                    const converter::ConvertReport& report) {
+  const std::filesystem::path& output = options.output;
+  const bool low_rank = converter::find_recipe(options.recipe).method == converter::Method::LowRank;
+  std::string text = markdown_table(low_rank ? low_rank_rows(report) : self_routed_rows(report));
+  text += fmt::format("\nactive fraction {:.4f} (mean over layers{}), {} calibration tokens\n",
+                      report.active_fraction, low_rank ? ", router and bypass counted" : "",
+                      report.n_tokens);
+  if (report.recovery) {
+    text += fmt::format(
+        "KL divergence from dense on held-out text: {:.4f} before recovery, {:.4f} as written; "
+        "errors and predicted KL above are from before it\n",
+        report.recovery->kl_start, report.recovery->kl_packed);
+  }
+  text += fmt::format("{} and {} at most in memory\n\n{}\n", format_seconds(report.seconds),
+                      format_bytes(static_cast<double>(report.peak_memory_bytes)), output.string());
+  if (!low_rank) text += with_suffix(output, ".plan.json").string() + "\n";
+  return text + with_suffix(output, ".report.json").string() + "\n" +
+         with_suffix(output, ".report.html").string() + "\n";
 }
 
 void convert(Options& options) {
@@ -74,7 +112,7 @@ void convert(Options& options) {
   Runtime runtime(options.run);
   Progress progress(options.run.quiet);
   try {
-    print(summary(converter::convert(convert, runtime.context, progress), convert.output));
+    print(summary(convert, converter::convert(convert, runtime.context, progress)));
   } catch (const Interrupted&) {
     const std::filesystem::path state = with_suffix(convert.output, ".state");
     throw Interrupted(
@@ -131,9 +169,10 @@ void add_convert(CLI::App& app, Action& action) {
   options->run.activations = "f32";
   add_run_options(*cmd, options->run);
   cmd->footer(
-      R"(Leaves OUT.gguf, OUT.gguf.report.json and OUT.gguf.report.html. While it runs, finished layers
-are kept in OUT.gguf.state: after Ctrl-C or a crash, the same command with --resume goes on. The
-same seed and thread count give the same file, byte for byte.
+      R"(Leaves OUT.gguf, OUT.gguf.report.json, OUT.gguf.report.html and, unless low-rank,
+OUT.gguf.plan.json for --plan and --curves. While it runs, what is finished is kept in
+OUT.gguf.state: after Ctrl-C or a crash, the same command with --resume goes on. The same seed and
+thread count give the same file, byte for byte.
 
 Examples:
   moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --active 0.5

@@ -130,6 +130,10 @@ RecoveryReport recover_file(const RecoverFileOptions& options, Context& ctx,
                        {"recovery", Json::parse(recovery_json(recovered.report))}};
   models::write_file_atomically(options.output.string() + ".report.json",
                                 report.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+  models::write_file_atomically(options.output.string() + ".report.html",
+                                recovery_html({options.dense, options.hybrid, options.output,
+                                               options.data, recovery, options.resume},
+                                              recovered.report));
   state.remove();
   return recovered.report;
 }

@@ -20,8 +20,8 @@ struct RecoverFileOptions {
 
 /// Recovers a hybrid that exists, made of this dense checkpoint, and writes the result. Keeps its
 /// state in OUTPUT.state/ (state.h), removed at the end; also writes OUTPUT.report.json
-/// {dense, hybrid, output, data, recovery {…}}. Throws InputError (not made of this checkpoint,
-/// state of another recovery), FormatError, IoError, Interrupted (state kept).
+/// {dense, hybrid, output, data, recovery {…}} and OUTPUT.report.html. Throws InputError (not made
+/// of this checkpoint, state of another recovery), FormatError, IoError, Interrupted (state kept).
 RecoveryReport recover_file(const RecoverFileOptions& options, Context& ctx,
                             engine::Monitor& monitor);
 
@@ -36,5 +36,8 @@ std::vector<std::int32_t> recovery_text(const std::string& data, const RecoverOp
 /// The options that a recovery's outcome depends on, and a report, as JSON text (objects).
 std::string options_json(const RecoverOptions& options);
 std::string recovery_json(const RecoveryReport& report);
+
+/// One self-contained page: the loss over the tokens trained on, and where it comes from.
+std::string recovery_html(const RecoverFileOptions& options, const RecoveryReport& report);
 
 }  // namespace moesaic::converter

@@ -53,6 +53,7 @@ std::vector<Thresholds> apply_plan(models::Transformer& model, const RoutedPlan&
     row.shares = t.shares;
     row.active_fraction = active_fraction(t.shares, plan.up_by_input);
     row.error_closed_form = row.error_distilled = fit.error();
+    row.expert_usage = fit.usage();
     hybrid.mlp(l, t.view(mlp));
     monitor.advance(l + 1, fmt::format("active {:.3f}, error {:.4f}", row.active_fraction,
                                        row.error_closed_form));

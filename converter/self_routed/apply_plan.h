@@ -15,7 +15,8 @@ namespace moesaic::converter {
 
 /// Thresholds of all layers for a plan's shares, layer by layer on the stream of the hybrid as far
 /// as it exists, so that each layer is fitted on what it will see. Empty for layers that stay
-/// dense. `reports` receives a row per layer. `tokens` [n_windows · n_ctx]. Throws as ThresholdFit,
+/// dense. `reports` receives a row per layer, its usage
+/// counted. `tokens` [n_windows · n_ctx]. Throws as ThresholdFit,
 /// Interrupted.
 std::vector<Thresholds> apply_plan(models::Transformer& model, const RoutedPlan& plan,
                                    std::span<const std::int32_t> tokens, std::int64_t n_ctx,

@@ -210,6 +210,25 @@ const Thresholds& ThresholdFit::fit(const Shares& shares) {
   return thresholds_;
 }
 
+std::vector<float> ThresholdFit::usage() const {
+  const std::int64_t n_rows = sample_.x.rows;
+  const ConstMatrix h(h_.data(), n_rows, teacher_.n);
+  std::vector<float> shares(static_cast<std::size_t>(teacher_.n));
+  ctx_.pool.run([&](int thread) {
+    const Range neurons = split(teacher_.n, ctx_.pool.n_threads(), thread);
+    std::vector<std::int64_t> counts(static_cast<std::size_t>(neurons.end - neurons.begin));
+    for (std::int64_t t = 0; t < n_rows; ++t) {
+      const float* row = h.row(t) + neurons.begin;
+      for (std::size_t i = 0; i < counts.size(); ++i) counts[i] += row[i] != 0;
+    }
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      shares[static_cast<std::size_t>(neurons.begin) + i] =
+          static_cast<float>(static_cast<double>(counts[i]) / static_cast<double>(n_rows));
+    }
+  });
+  return shares;
+}
+
 double ThresholdFit::error() {
   const Matrix y(y_.data(), sample_.x.rows, teacher_.d_model);
   kernels::gemm(ctx_, false, false, 1, {h_.data(), sample_.x.rows, teacher_.n}, teacher_.down(), 0,

@@ -46,6 +46,9 @@ class ThresholdFit {
   /// Error of the last fit: Σ ω‖y − ŷ‖² / Σ ω‖y − ȳ‖².
   double error();
 
+  /// Of the last fit: share of the sample's tokens to whose output each neuron adds.   [d_ff]
+  std::vector<float> usage() const;
+
  private:
   // What depends on the input share alone.
   struct Inputs {
