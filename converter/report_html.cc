@@ -168,7 +168,7 @@ std::string report_html(const ConvertOptions& options, const ConvertReport& repo
                     "All MLPs stay dense: nothing was saved, and nothing is lost.");
     out += cards(options, report, t);
   }
-  out += routed ? self_routed_table(report, t) : low_rank_table(report, t);
+  out += routed || t.converted == 0 ? self_routed_table(report, t) : low_rank_table(report, t);
   out += provenance(options, report);
   return out + page_end();
 }

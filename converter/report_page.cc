@@ -61,7 +61,7 @@ std::string recovery_section(const RecoveryReport& recovery) {
   return section(
       "Recovery",
       fmt::format("Converted layers trained end to end towards the dense model: the KL divergence "
-                  "between their next tokens on held-out text fell from {} to {} nats a token in "
+                  "between their next tokens on held-out text went from {} to {} nats a token in "
                   "float32 and is {} in the formats of the file. The MLPs' share of the dense "
                   "multiply-adds there was {} before and is {} as written.",
                   fixed(recovery.kl_start, 4), fixed(recovery.kl_trained, 4),

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "converter/recovery/recover_file.h"
 #include "converter/report_figures.h"
 #include "converter/svg.h"
 #include "tests/converter/markup.h"
@@ -55,6 +56,34 @@ ConvertReport some_report(int n_layers = 4) {
   return r;
 }
 
+// Layer 0 stays dense; of the others each neuron is kept by three tokens in ten, two by none.
+ConvertReport self_routed_report(int n_layers = 4, const std::string& kind = "glu+gate") {
+  ConvertReport r = some_report(n_layers);
+  for (LayerReport& l : r.layers) {
+    if (l.kind == "dense") continue;
+    l.kind = kind;
+    l.n_shared = l.n_active = l.router_rank = l.bypass_rank = 0;
+    l.shares = {0.6, kind == "glu+gate" ? 0.45 : 1.0, 0.3};
+    l.active_fraction = kind == "glu+gate" ? 0.45 : 0.5;
+    l.error_closed_form = l.error_distilled = 0.0625;
+  }
+  return r;
+}
+
+RecoveryReport some_recovery() {
+  RecoveryReport r;
+  r.tokens = 3000000;
+  r.kl_start = 0.5;
+  r.kl_trained = 0.11;
+  r.kl_packed = 0.125;
+  r.active_start = 0.36;
+  r.active_packed = 0.35;
+  r.curve = {{.tokens = 1000000, .kl = 0.4, .held_out = 0.25},
+             {.tokens = 2000000, .kl = 0.2, .held_out = 0.15},
+             {.tokens = 3000000, .kl = 0.1, .held_out = 0.11}};
+  return r;
+}
+
 TEST(ReportJson, HasTheDocumentedKeys) {
   const auto json = nlohmann::json::parse(report_json(some_options(), some_report()));
   for (const char* key :
@@ -73,6 +102,19 @@ TEST(ReportJson, HasTheDocumentedKeys) {
   EXPECT_EQ(json["layers"][1]["n_never_selected"], 2);
   EXPECT_DOUBLE_EQ(json["layers"][1]["error_distilled"].get<double>(), 0.125);
   EXPECT_DOUBLE_EQ(json["seconds"].get<double>(), 61.5);
+}
+
+TEST(ReportJson, SelfRoutedLayersHaveTheirShares) {
+  const auto json = nlohmann::json::parse(report_json(some_options(), self_routed_report()));
+  const auto& layer = json["layers"][1];
+  EXPECT_DOUBLE_EQ(layer["input_share"].get<double>(), 0.6);
+  EXPECT_DOUBLE_EQ(layer["gate_share"].get<double>(), 0.45);
+  EXPECT_DOUBLE_EQ(layer["hidden_share"].get<double>(), 0.3);
+  EXPECT_EQ(layer["n_never_selected"], 2);
+  EXPECT_EQ(layer["router_rank"], 0);  // the keys of other kinds stay
+  EXPECT_FALSE(json["layers"][0].contains("input_share"));
+  const auto low_rank = nlohmann::json::parse(report_json(some_options(), some_report()));
+  EXPECT_FALSE(low_rank["layers"][1].contains("input_share"));
 }
 
 TEST(ReportJson, NotANumberAndInfinityBecomeNull) {
@@ -97,6 +139,83 @@ TEST(ReportHtml, IsWellFormedAndHasFourFiguresAndOneTable) {
   EXPECT_EQ(count(html, "<table>"), 1U);
   EXPECT_EQ(count(html, "<desc "), 4U);
   EXPECT_EQ(count(html, "role=\"img\""), 4U);
+}
+
+TEST(ReportHtml, SelfRoutedPageSpeaksOfNoRouter) {
+  for (const char* kind : {"glu+gate", "glu+input"}) {
+    const std::string html = report_html(some_options(), self_routed_report(4, kind));
+    EXPECT_EQ(markup_fault(html), "");
+    EXPECT_EQ(count(html, "<svg "), 3U);  // budget, error, usage
+    EXPECT_EQ(count(html, "<table>"), 1U);
+    for (const char* foreign :
+         {"low-rank router", "bypass rank", "distill", "closed form", "experts</"}) {
+      EXPECT_EQ(html.find(foreign), html.npos) << kind << ": " << foreign;
+    }
+    EXPECT_NE(html.find("never kept"), html.npos);
+    EXPECT_NE(html.find("60.0\u00A0%"), html.npos);  // inputs, in the table
+    EXPECT_EQ(html.find("before the recovery"), html.npos);
+  }
+}
+
+TEST(ReportHtml, RecoveryHasItsFigureAndLabelsWhatIsFromBefore) {
+  ConvertReport report = self_routed_report();
+  report.recovery = some_recovery();
+  const std::string html = report_html(some_options(), report);
+  EXPECT_EQ(markup_fault(html), "");
+  EXPECT_EQ(count(html, "<svg "), 4U);
+  EXPECT_NE(html.find("0.125<small>nats a token, held-out text; 0.500 before recovery"), html.npos);
+  EXPECT_NE(html.find("These are from before the recovery"), html.npos);
+  EXPECT_NE(html.find("in the hybrid as written"), html.npos);
+}
+
+TEST(ReportHtml, AllLayersDenseHaveNoFigures) {
+  const std::string html = report_html(some_options(), some_report(1));
+  EXPECT_EQ(markup_fault(html), "");
+  EXPECT_EQ(count(html, "<svg "), 0U);
+  EXPECT_NE(html.find("All MLPs stay dense"), html.npos);
+}
+
+TEST(ReportHtml, UsageThatWasNotCountedIsLeftOut) {
+  ConvertReport report = self_routed_report();
+  for (LayerReport& l : report.layers) l.expert_usage.clear();
+  const std::string html = report_html(some_options(), report);
+  EXPECT_EQ(count(html, "<svg "), 2U);
+  EXPECT_EQ(html.find("fig-usage"), html.npos);
+}
+
+TEST(RecoveryHtml, IsWellFormedAndEscapes) {
+  RecoverFileOptions options;
+  options.dense = "dense<b>.gguf";
+  options.hybrid = "<script>.gguf";
+  options.output = "out.gguf";
+  options.data = "self";
+  RecoveryReport recovery = some_recovery();
+  const std::string html = recovery_html(options, recovery);
+  EXPECT_EQ(markup_fault(html), "");
+  EXPECT_EQ(count(html, "<svg "), 1U);
+  EXPECT_EQ(html.find("<script"), html.npos);
+  EXPECT_NE(html.find("3,000,000"), html.npos);
+  recovery.curve.clear();  // nothing was trained
+  recovery.kl_start = std::nan("");
+  EXPECT_EQ(markup_fault(recovery_html(options, recovery)), "");
+}
+
+TEST(FigureRecovery, DrawsBothCurves) {
+  const std::string svg = figure_recovery(some_recovery());
+  EXPECT_EQ(count(svg, "<line class=\"held-out\""), 3U);  // from before the training on
+  EXPECT_EQ(count(svg, "<line class=\"training\""), 2U);
+  EXPECT_NE(svg.find("0 tokens: held-out KL 0.5<"), svg.npos);
+  EXPECT_NE(svg.find("3 M tokens: training KL 0.1<"), svg.npos);
+  RecoveryReport broken = some_recovery();
+  broken.curve[1].held_out = std::numeric_limits<double>::infinity();
+  EXPECT_EQ(count(figure_recovery(broken), "<line class=\"held-out\""), 2U);
+}
+
+TEST(FigureBudget, LowerPanelOnlyWhereSensitivitiesAreKnown) {
+  ConvertReport report = self_routed_report();
+  EXPECT_NE(figure_budget(report).find("KL, nats"), std::string::npos);
+  for (LayerReport& l : report.layers) l.sensitivity = 0;
+  EXPECT_EQ(figure_budget(report).find("KL, nats"), std::string::npos);
 }
 
 TEST(ReportHtml, TakesNothingFromOutside) {
@@ -153,7 +272,7 @@ TEST(ReportHtml, NotANumberLeavesNoCoordinate) {
 TEST(ReportHtml, UsageStripCountsExperts) {
   const std::string svg = figure_usage(some_report(2));
   EXPECT_NE(svg.find("layer 1: 78 of 80 experts (97.5 %) selected by 25–50 % of tokens"), svg.npos);
-  EXPECT_NE(svg.find("layer 1: 2 of 80 experts (2.5 %) never selected<"), svg.npos);
+  EXPECT_NE(svg.find("layer 1: 2 of 80 experts (2.5 %) selected by no token<"), svg.npos);
   EXPECT_NE(svg.find("2 of 80</text>"), svg.npos);
 }
 
@@ -175,6 +294,17 @@ TEST(BudgetParts, SumToTheActiveFraction) {
   EXPECT_NEAR(parts.selected, 256.0 / 1536, 1e-12);
   EXPECT_NEAR(parts.router, router, 1e-12);
   EXPECT_NEAR(parts.bypass, bypass, 1e-12);
+}
+
+TEST(RoutedParts, SumToTheActiveFraction) {
+  for (const char* kind : {"glu+gate", "glu+input"}) {
+    const LayerReport l = self_routed_report(2, kind).layers[1];
+    const RoutedParts parts = routed_parts(l);
+    EXPECT_NEAR(parts.gate, 0.2, 1e-12);
+    EXPECT_NEAR(parts.down, 0.1, 1e-12);
+    EXPECT_NEAR(parts.gate + parts.up + parts.down, l.active_fraction, 1e-12);
+    EXPECT_EQ(budget_parts(l).router, 0);
+  }
 }
 
 TEST(NiceTicks, EndAtOrAboveTheLargestValue) {

@@ -67,6 +67,50 @@ TEST_F(SelfRouted, LeavesHybridPlanAndReports) {
   EXPECT_NE(eval(output_)["perplexity"], eval(model_.path.string())["perplexity"]);
 }
 
+TEST_F(SelfRouted, SummaryAndReportTellTheShares) {
+  const ProgramRun run = run_program(line(output_));
+  ASSERT_EQ(run.status, 0) << run.err;
+  for (const char* column : {"inputs", "routed", "kept", "predicted KL", "plan.json"}) {
+    EXPECT_NE(run.out.find(column), std::string::npos) << run.out;
+  }
+  EXPECT_EQ(run.out.find("router rank"), std::string::npos) << run.out;
+  const auto hybrid = models::Checkpoint::load(output_);
+  int n_routed = 0;
+  for (const json& layer : report(output_)["layers"]) {
+    if (layer["kind"] != "glu+gate") continue;
+    ++n_routed;
+    const double shares = layer["input_share"].get<double>() + layer["gate_share"].get<double>() +
+                          layer["hidden_share"].get<double>();
+    EXPECT_NEAR(shares / 3, layer["active_fraction"].get<double>(), 1e-9);
+  }
+  EXPECT_GT(n_routed, 0);
+  const std::string page = bytes(output_ + ".report.html");
+  EXPECT_NE(page.find("fig-usage"), std::string::npos);
+  EXPECT_EQ(page.find("usage not recorded"), std::string::npos);
+  EXPECT_EQ(page.find("fig-ranks"), std::string::npos);
+}
+
+// Shares in the report are those of the file that was written, as inspect finds them.
+TEST_F(SelfRouted, ReportAfterRecoveryIsOfWhatWasWritten) {
+  const ProgramRun run = run_program(line(output_, {"--recipe", "best", "--recover-tokens", "8192",
+                                                    "--judge-every", "2", "--self-tokens", "512"}));
+  ASSERT_EQ(run.status, 0) << run.err;
+  EXPECT_NE(run.out.find("before recovery"), std::string::npos) << run.out;
+  const json found = report(output_);
+  const auto hybrid = models::Checkpoint::load(output_);
+  EXPECT_NEAR(found["active_fraction"].get<double>(), hybrid->active_fraction(), 1e-6);
+  const ProgramRun inspected = run_program({"inspect", output_, "-o", "json", "-q"});
+  ASSERT_EQ(inspected.status, 0) << inspected.err;
+  const json layers = inspected.json().at("layers");
+  for (std::size_t l = 0; l < 3; ++l) {
+    EXPECT_NEAR(found["layers"][l]["active_fraction"].get<double>(),
+                layers[l]["active_fraction"].get<double>(), 1e-6);
+  }
+  const std::string page = bytes(output_ + ".report.html");
+  EXPECT_NE(page.find("fig-recovery"), std::string::npos);
+  EXPECT_NE(page.find("in the hybrid as written"), std::string::npos);
+}
+
 TEST_F(SelfRouted, SameSeedSameFile) {
   ASSERT_EQ(run_program(line(output_)).status, 0);
   ASSERT_EQ(run_program(line(path("second.gguf"))).status, 0);

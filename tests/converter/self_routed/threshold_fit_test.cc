@@ -14,6 +14,7 @@ namespace {
 struct Obvious {
   std::vector<double> y;
   std::int64_t inputs = 0, routed = 0, kept = 0;
+  std::vector<std::int64_t> neurons;  // that were kept
 };
 Obvious obvious(const Neurons& n, const Thresholds& t, const float* x) {
   Obvious out;
@@ -39,6 +40,7 @@ Obvious obvious(const Neurons& n, const Thresholds& t, const float* x) {
     ++out.routed;
     if (std::fabs(a * u) < t.hidden[k]) continue;
     ++out.kept;
+    out.neurons.push_back(i);
     for (std::size_t j = 0; j < out.y.size(); ++j) {
       out.y[j] += a * u * n.down().row(i)[static_cast<std::int64_t>(j)];
     }
@@ -79,8 +81,10 @@ TEST_P(Shapes, SharesAndErrorAreThoseOfTheObviousLoops) {
     const Thresholds& t = fit.fit(shares);
     EXPECT_EQ(t.up_by_input, GetParam() == ThresholdShape::Uniform);
     std::int64_t inputs = 0, routed = 0, kept = 0;
+    std::vector<std::int64_t> kept_by_neuron(80);
     for (std::int64_t r = 0; r < c.sample.x.rows; ++r) {
       const Obvious got = obvious(c.teacher, t, c.sample.x.row(r));
+      for (const std::int64_t i : got.neurons) ++kept_by_neuron[static_cast<std::size_t>(i)];
       inputs += got.inputs;
       routed += got.routed;
       kept += got.kept;
@@ -92,6 +96,11 @@ TEST_P(Shapes, SharesAndErrorAreThoseOfTheObviousLoops) {
     EXPECT_NEAR(t.shares.hidden, static_cast<double>(kept) / tokens / 80, 5e-4);
     EXPECT_NEAR(t.shares.input, shares.input, 0.001);
     EXPECT_NEAR(t.shares.hidden, shares.hidden, 0.001);
+    const std::vector<float> usage = fit.usage();
+    ASSERT_EQ(usage.size(), kept_by_neuron.size());
+    for (std::size_t i = 0; i < usage.size(); ++i) {
+      EXPECT_NEAR(usage[i], static_cast<double>(kept_by_neuron[i]) / tokens, 1.01 / tokens) << i;
+    }
     if (!t.up_by_input) {
       EXPECT_NEAR(t.shares.gate, shares.gate, 0.001);
     }
