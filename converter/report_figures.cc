@@ -145,8 +145,8 @@ std::string figure_usage(const ConvertReport& report) {
     svg.line(tick_x, base, tick_x, base + 4, "axis");
     svg.text(tick_x, base + 17, number(100 * t, 0) + " %", "tick mid");
   }
-  svg.text(kFigureLeft + kStripWidth / 2, base + 36, "experts of the layer, most used first",
-           "axis-title mid");
+  svg.text(kFigureLeft + kStripWidth / 2, base + 36,
+           fmt::format("{} of the layer, most used first", noun), "axis-title mid");
   svg.vertical_text(13, (kFigureTop + 14 + base) / 2, "layer", "axis-title");
   return svg.str();
 }
