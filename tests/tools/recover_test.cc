@@ -67,7 +67,7 @@ TEST_P(Recover, LowersTheDivergenceAndWritesAHybrid) {
   EXPECT_LT(recovery.at("kl_trained"), recovery.at("kl_start"));
   EXPECT_LT(recovery.at("kl_packed"), recovery.at("kl_start"));
   EXPECT_EQ(recovery.at("tokens"), 16384);
-  EXPECT_EQ(recovery.at("curve").size(), 4U);
+  EXPECT_EQ(recovery.at("curve").size(), 8U);
   EXPECT_NE(bytes(output_ + ".report.html").find("fig-recovery"), std::string::npos);
   EXPECT_FALSE(std::filesystem::exists(output_ + ".state"));
   // Everything but the converted layers' tensors is as it was.
