@@ -25,8 +25,7 @@ double dot(const double* a, const float* b, std::size_t n) {
 }
 
 // MLP inputs of every layer, [n_layers][n_tokens · d_model]: whole windows, layer by layer.
-std::vector<std::vector<float>> mlp_inputs(Transformer& model,
-                                           const std::vector<std::int32_t>& ids,
+std::vector<std::vector<float>> mlp_inputs(Transformer& model, const std::vector<std::int32_t>& ids,
                                            std::size_t n_ctx) {
   std::vector<std::vector<float>> inputs(model.checkpoint().layers.size());
   for (std::size_t first = 0; first < ids.size(); first += n_ctx) {
@@ -64,9 +63,8 @@ Fired fired_experts(const reference::Decoder& model, std::size_t layer,
     model.mlp(model.layers[layer], {begin, begin + kD}, &selected);
     for (const std::int32_t id : selected) {
       const double* rows = &moe.experts[3 * kD * static_cast<std::size_t>(id)];
-      const double f =
-          silu(dot(rows, &x[t * kD], kD)) * dot(rows + kD, &x[t * kD], kD) -
-          moe.mean[static_cast<std::size_t>(id)];
+      const double f = silu(dot(rows, &x[t * kD], kD)) * dot(rows + kD, &x[t * kD], kD) -
+                       moe.mean[static_cast<std::size_t>(id)];
       double squares = 0;
       for (std::size_t i = 0; i < kD; ++i) squares += rows[2 * kD + i] * rows[2 * kD + i];
       fired[id].push_back({static_cast<std::int64_t>(t), std::abs(f) * std::sqrt(squares)});
@@ -75,8 +73,7 @@ Fired fired_experts(const reference::Decoder& model, std::size_t layer,
   return fired;
 }
 
-void expect_firings(const std::vector<Firing>& found, std::vector<Firing> expected,
-                    std::size_t n) {
+void expect_firings(const std::vector<Firing>& found, std::vector<Firing> expected, std::size_t n) {
   std::stable_sort(expected.begin(), expected.end(), [](const Firing& a, const Firing& b) {
     return a.contribution > b.contribution;
   });
