@@ -66,4 +66,27 @@ double mean_divergence(models::Transformer& model, ConstMatrix dense, ConstMatri
   return mean;
 }
 
+Substitution::Substitution(models::Transformer& model, std::span<const std::int32_t> tokens,
+                           std::int64_t n_ctx)
+    : model_(model),
+      dense_(model, tokens, n_ctx),
+      end_(model, tokens, n_ctx),
+      other_(model, tokens, n_ctx) {
+  for (int l = 0; l < model.config().n_layers; ++l) {
+    end_.attention(l);
+    end_.mlp(l, own(l));
+  }
+}
+
+double Substitution::divergence(int layer, const std::function<void(Stream&)>& replace) {
+  const Matrix from = dense_.r();
+  std::copy_n(from.data, from.rows * from.cols, other_.r().data);
+  replace(other_);
+  for (int l = layer + 1; l < model_.config().n_layers; ++l) {
+    other_.attention(l);
+    other_.mlp(l, own(l));
+  }
+  return mean_divergence(model_, end_.r(), other_.r());
+}
+
 }  // namespace moesaic::converter

@@ -8,6 +8,7 @@
 #include "converter/stream.h"
 
 namespace moesaic::converter {
+
 std::vector<float> token_weights(models::Transformer& model, int layer, ConstMatrix r,
                                  ConstMatrix y) {
   constexpr std::int64_t kTile = 2048;
@@ -60,22 +61,16 @@ std::vector<double> measure_sensitivity(models::Transformer& model,
   const auto judge_tokens = tokens.subspan(fit_tokens.size());
 
   Stream fit(model, fit_tokens, n_ctx);
-  Stream judge(model, judge_tokens, n_ctx);
-  Stream end(model, judge_tokens, n_ctx);  // the dense model's last residual stream
-  for (int l = 0; l < n_layers; ++l) {
-    end.attention(l);
-    end.mlp(l, checkpoint.layers[static_cast<std::size_t>(l)].mlp);
-  }
-  Stream other(model, judge_tokens, n_ctx);
+  Substitution judge(model, judge_tokens, n_ctx);
   const std::int64_t d = model.config().d_model;
   AlignedBuffer<float> x(static_cast<std::size_t>(fit.n_tokens() * d));
   AlignedBuffer<float> y(x.size());
-  AlignedBuffer<float> x_judge(static_cast<std::size_t>(judge.n_tokens() * d));
+  AlignedBuffer<float> x_judge(static_cast<std::size_t>(judge.dense().n_tokens() * d));
   AlignedBuffer<float> y_judge(x_judge.size());
   const Matrix mx(x.data(), fit.n_tokens(), d);
   const Matrix my(y.data(), fit.n_tokens(), d);
-  const Matrix mxj(x_judge.data(), judge.n_tokens(), d);
-  const Matrix myj(y_judge.data(), judge.n_tokens(), d);
+  const Matrix mxj(x_judge.data(), judge.dense().n_tokens(), d);
+  const Matrix myj(y_judge.data(), judge.dense().n_tokens(), d);
   std::vector<double> out;
   for (int l = 0; l < n_layers; ++l) {
     monitor.check();
@@ -88,19 +83,13 @@ std::vector<double> measure_sensitivity(models::Transformer& model,
     const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp),
                                    fmt::format("{}: blk.{}", checkpoint.file->path().string(), l));
     judge.attention(l);
-    judge.mlp_input(l, mxj);
+    judge.dense().mlp_input(l, mxj);
     Student student = start_from_neurons(ctx, teacher, sample, plan, recipe.router_ridge);
     fit_outputs(ctx, student, sample, recipe.router_ridge, recipe.output_ridge, DType::F32);
     fit.add_mlp_output(l, my);  // overwrites what it adds
-    std::copy_n(judge.r().data, x_judge.size(), other.r().data);
     student_forward(ctx, student, mxj, myj);
-    other.add_mlp_output(l, myj);
-    for (int m = l + 1; m < n_layers; ++m) {
-      other.attention(m);
-      other.mlp(m, checkpoint.layers[static_cast<std::size_t>(m)].mlp);
-    }
-    out.push_back(mean_divergence(model, end.r(), other.r()));
-    judge.mlp(l, mlp);
+    out.push_back(judge.divergence(l, [&](Stream& r) { r.add_mlp_output(l, myj); }));
+    judge.pass(l);
     monitor.advance(l + 1, fmt::format("KL {:.4f}", out.back()));
   }
   return out;

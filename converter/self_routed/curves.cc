@@ -86,13 +86,7 @@ std::vector<LayerCurve> measure_curves(models::Transformer& model,
   };
 
   Stream fit(model, fit_tokens, n_ctx);
-  Stream judge(model, judge_tokens, n_ctx);
-  Stream end(model, judge_tokens, n_ctx);  // the dense model's last residual stream
-  for (int l = 0; l < n_layers; ++l) {
-    end.attention(l);
-    end.mlp(l, dense_mlp(l));
-  }
-  Stream other(model, judge_tokens, n_ctx);
+  Substitution judge(model, judge_tokens, n_ctx);
   std::vector<LayerCurve> curves;
   for (int l = 0; l < n_layers; ++l) {
     monitor.check();
@@ -114,16 +108,12 @@ std::vector<LayerCurve> measure_curves(models::Transformer& model,
     for (const double fraction : kMeasured) {
       monitor.check();
       const PathPoint& point = nearest(curve.path, fraction);
-      std::copy_n(judge.r().data, judge.n_tokens() * d, other.r().data);
-      other.mlp(l, thresholds.fit(point.shares).view(mlp));
-      for (int m = l + 1; m < n_layers; ++m) {
-        other.attention(m);
-        other.mlp(m, dense_mlp(m));
-      }
-      curve.measured.push_back({point.fraction, mean_divergence(model, end.r(), other.r())});
+      const models::Mlp converted = thresholds.fit(point.shares).view(mlp);
+      curve.measured.push_back(
+          {point.fraction, judge.divergence(l, [&](Stream& r) { r.mlp(l, converted); })});
     }
     fit.mlp(l, dense_mlp(l));
-    judge.mlp(l, dense_mlp(l));
+    judge.pass(l);
     const auto& half = curve.measured[1];
     monitor.advance(l + 1, fmt::format("KL {:.4f} at {:.2f}", half.kl, half.fraction));
     curves.push_back(std::move(curve));

@@ -53,15 +53,14 @@ std::vector<float> row_norms(ConstMatrix m) {
   return norms;
 }
 
-// Root mean square of each column.
-std::vector<float> column_sizes(ConstMatrix m, bool mean) {
+// √(Σ v² / n) of each column.
+std::vector<float> column_sizes(ConstMatrix m, double n) {
   std::vector<double> square(static_cast<std::size_t>(m.cols));
   for (std::int64_t i = 0; i < m.rows; ++i) {
     for (std::int64_t j = 0; j < m.cols; ++j) {
       square[static_cast<std::size_t>(j)] += static_cast<double>(m.row(i)[j]) * m.row(i)[j];
     }
   }
-  const double n = mean ? static_cast<double>(std::max<std::int64_t>(1, m.rows)) : 1;
   std::vector<float> sizes;
   for (const double s : square) sizes.push_back(static_cast<float>(std::sqrt(s / n)));
   return sizes;
@@ -104,9 +103,9 @@ ThresholdFit::ThresholdFit(Context& ctx, const Neurons& teacher, const LayerSamp
   u_ = AlignedBuffer<float>(n * d_ff);
   const Matrix u(u_.data(), sample.x.rows, teacher.n);
   kernels::gemm(ctx, false, true, 1, sample.x, teacher.up(), 0, u);
-  column_scale_ = column_sizes(teacher.gate(), false);
+  column_scale_ = column_sizes(teacher.gate(), 1);
   down_scale_ = row_norms(teacher.down());
-  up_scale_ = column_sizes(u, true);
+  up_scale_ = column_sizes(u, static_cast<double>(std::max<std::int64_t>(1, u.rows)));
   for (std::size_t i = 0; i < d_ff; ++i) up_scale_[i] *= down_scale_[i];
 }
 
@@ -142,13 +141,11 @@ void ThresholdFit::fit_inputs(double share, Inputs& inputs) {
     kernels::gemm(ctx_, false, true, 1, x_hat, teacher_.up(), 0,
                   {inputs.u.data(), x.rows, teacher_.n});
   }
-  const std::vector<float> ones(static_cast<std::size_t>(teacher_.n), 1.0f);
   ctx_.pool.run([&](int thread) {
     const Range rows = split(x.rows, ctx_.pool.n_threads(), thread);
     for (std::int64_t t = rows.begin; t < rows.end; ++t) {
-      // One row at a time runs on the calling thread.
-      const Matrix row(a.row(t), 1, teacher_.n);
-      kernels::gated_activation(ctx_, teacher_.phi, row, {ones.data(), 1, teacher_.n}, row);
+      const std::span<float> row(a.row(t), static_cast<std::size_t>(teacher_.n));
+      kernels::activation(teacher_.phi, row, row);
     }
   });
   inputs.asked = share;

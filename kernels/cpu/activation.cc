@@ -99,6 +99,7 @@ void gelu_slope_row(const float* x, std::size_t n, float* value, float* slope) {
   slope_row<Activation::GeluTanh>(x, n, value, slope);
 }
 
+// h = φ(gate) ⊙ up, or φ(gate) where up is null.
 template <Activation kPhi>
 HWY_INLINE void gated_row(const float* gate, const float* up, std::size_t n, float* h) {
   const Tag d;
@@ -106,14 +107,14 @@ HWY_INLINE void gated_row(const float* gate, const float* up, std::size_t n, flo
   std::size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     const Vec phi = activate_lanes<kPhi>(hn::LoadU(d, gate + i));
-    hn::StoreU(hn::Mul(phi, hn::LoadU(d, up + i)), d, h + i);
+    hn::StoreU(up == nullptr ? phi : hn::Mul(phi, hn::LoadU(d, up + i)), d, h + i);
   }
   if (i == n) return;
   // The rest through a padded vector, so that an element's value does not depend on its place.
   HWY_ALIGN float rest[hn::MaxLanes(d)] = {};
   for (std::size_t j = i; j < n; ++j) rest[j - i] = gate[j];
   hn::Store(activate_lanes<kPhi>(hn::Load(d, rest)), d, rest);
-  for (std::size_t j = i; j < n; ++j) h[j] = rest[j - i] * up[j];
+  for (std::size_t j = i; j < n; ++j) h[j] = up == nullptr ? rest[j - i] : rest[j - i] * up[j];
 }
 
 void silu_row(const float* gate, const float* up, std::size_t n, float* h) {
@@ -157,6 +158,15 @@ void gated_activation(Context& ctx, Activation phi, ConstMatrix gate, ConstMatri
       row(gate.row(t), up.row(t), static_cast<std::size_t>(gate.cols), h.row(t));
     }
   });
+}
+
+void activation(Activation phi, std::span<const float> x, std::span<float> value) {
+  require<ShapeError>(value.size() == x.size(),
+                      "activation: {} elements and {} values, expected as many", x.size(),
+                      value.size());
+  const auto row =
+      phi == Activation::Silu ? HWY_DYNAMIC_DISPATCH(silu_row) : HWY_DYNAMIC_DISPATCH(gelu_row);
+  row(x.data(), nullptr, x.size(), value.data());
 }
 
 void activation_slope(Activation phi, std::span<const float> x, std::span<float> value,

@@ -58,17 +58,14 @@ std::int64_t self_routed_dense(Context& ctx, const SelfRoutedView& layer, const 
     linear(ctx, layer.w_up, x, up, Traffic::Mlp);
   }
   const float* gate_threshold = layer.up_by_input ? nullptr : layer.gate_threshold.data();
-  const Matrix ones = take(ctx, 1, d_ff);
-  std::fill_n(ones.data, d_ff, 1.0f);
   for_rows(ctx, n_tokens, d_ff, [&](Range rows, int thread) {
     std::uint32_t* marks = all_marks.data() + thread * n_marks;
     for (std::int64_t t = rows.begin; t < rows.end; ++t) {
-      const Matrix row = gate.slice(t, 1);
-      // One row at a time runs on the calling thread.
-      gated_activation(ctx, layer.phi, row, ones, row);
+      const std::span<float> row(gate.row(t), size(d_ff));
+      activation(layer.phi, row, row);
       const NeuronCounts n =
-          keep_neurons(row.data, up.row(t), gate_threshold, layer.hidden_threshold.data(),
-                       size(d_ff), row.data, marks);
+          keep_neurons(row.data(), up.row(t), gate_threshold, layer.hidden_threshold.data(),
+                       size(d_ff), row.data(), marks);
       work[size(t)] = multiply_adds(layer, work[size(t)], n.routed, n.kept);
     }
   });

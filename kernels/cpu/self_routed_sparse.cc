@@ -59,14 +59,13 @@ Scratch take_scratch(Workspace& w, const SelfRoutedView& layer) {
 
 // What the threads share: a neuron's gate, then its activation, and its up product.
 struct Neurons {
-  float* gate;        // [d_ff]
-  float* up;          // [d_ff]
-  const float* ones;  // [d_ff]
+  float* gate;  // [d_ff]
+  float* up;    // [d_ff]
 };
 
 /// h of the thread's own neurons from one token, marked; returns the bytes read.
-std::int64_t run_neurons(Context& ctx, const SelfRoutedView& layer, const float* x, Range own,
-                         const Neurons& to, Scratch& s) {
+std::int64_t run_neurons(const SelfRoutedView& layer, const float* x, Range own, const Neurons& to,
+                         Scratch& s) {
   const std::int64_t d_model = layer.d_model();
   s.n_inputs += keep_large(x, layer.input_threshold.data(), size(d_model), s.large, s.marks);
   ColumnInput large = make_column_input(layer.w_gate.dtype, s.large, s.marks, d_model, s.columns);
@@ -82,10 +81,8 @@ std::int64_t run_neurons(Context& ctx, const SelfRoutedView& layer, const float*
     bytes += by_columns(layer.up_parts, layer.w_up, to.up);
   }
   float* gate = to.gate + own.begin;
-  const Matrix gate_row(gate, 1, own.size());
-  // One row at a time runs on the calling thread.
-  gated_activation(ctx, layer.phi, gate_row, ConstMatrix(to.ones + own.begin, 1, own.size()),
-                   gate_row);
+  const std::span<float> activated(gate, size(own.size()));
+  activation(layer.phi, activated, activated);
   const float* threshold = nullptr;
   if (!layer.up_by_input) {
     threshold = layer.gate_threshold.data() + own.begin;
@@ -114,11 +111,8 @@ std::int64_t self_routed_sparse(Context& ctx, const SelfRoutedView& layer, const
   const std::int64_t d_model = layer.d_model(), d_ff = layer.d_ff(), n_tokens = y.rows;
   const int n_threads = ctx.pool.n_threads();
   const Workspace::Scope scope(ctx.workspace);
-  const std::span<float> ones = ctx.workspace.take<float>(size(d_ff));
-  std::fill(ones.begin(), ones.end(), 1.0f);
   const Neurons neurons{.gate = ctx.workspace.take<float>(size(d_ff)).data(),
-                        .up = ctx.workspace.take<float>(size(d_ff)).data(),
-                        .ones = ones.data()};
+                        .up = ctx.workspace.take<float>(size(d_ff)).data()};
   const auto partial = ctx.workspace.take<float>(size(n_threads * n_tokens * d_model));
   const std::span<Scratch> scratch = ctx.workspace.take<Scratch>(size(n_threads));
   for (Scratch& s : scratch) s = take_scratch(ctx.workspace, layer);
@@ -137,7 +131,7 @@ std::int64_t self_routed_sparse(Context& ctx, const SelfRoutedView& layer, const
         rms_norm(ctx, input.x.slice(t, 1), input.norm, input.eps, Matrix(s.x, 1, d_model));
         x = s.x;
       }
-      bytes += run_neurons(ctx, layer, x, own, neurons, s);
+      bytes += run_neurons(layer, x, own, neurons, s);
       const ColumnInput kept = make_column_input(layer.w_down.dtype, neurons.gate + own.begin,
                                                  s.marks, own.size(), s.columns);
       bytes += multiply_columns({.columns = layer.down_columns + first_unit * layout.unit_bytes(),

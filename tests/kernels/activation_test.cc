@@ -51,6 +51,23 @@ TEST_P(GatedActivation, MatchesTheReference) {
   }
 }
 
+TEST_P(GatedActivation, UngatedIsTheSameBitForBit) {
+  Lender lender;
+  for (const std::int64_t n : {0, 1, 7, 16, 33, 1536}) {
+    const auto x = normal_values(size(n), 5, 3);
+    const std::vector<float> ones(size(n), 1.0f);
+    for (const Activation phi : kBoth) {
+      std::vector<float> gated(size(n)), value = x;
+      kernels::gated_activation(lender.ctx, phi, {x.data(), 1, n}, {ones.data(), 1, n},
+                                {gated.data(), 1, n});
+      kernels::activation(phi, value, value);
+      EXPECT_EQ(value, gated);
+    }
+  }
+  std::vector<float> shorter(2);
+  EXPECT_THROW(kernels::activation(Activation::Silu, std::vector<float>(3), shorter), ShapeError);
+}
+
 TEST_P(GatedActivation, AgreesWithTheScalarDefinition) {
   Lender lender(2);
   for (const std::int64_t rows : {1, 3, 40}) {
