@@ -40,6 +40,12 @@ class InputError : public Error {
   using Error::Error;
 };
 
+/// The GPU or its driver refused: none there, out of its memory, a kernel that failed.
+class DeviceError : public Error {
+ public:
+  using Error::Error;
+};
+
 /// The user asked to stop (Ctrl-C); state that can be resumed has been kept.
 class Interrupted : public Error {
  public:
