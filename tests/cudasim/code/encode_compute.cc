@@ -7,7 +7,9 @@ namespace cudasim {
 bool Encoder::arithmetic(const FlatIns& f, Ins& ins) {
   Instruction i = f.ptx;
   if (i.op.size() < 2) return false;
-  if (i.op[0] == "cvt" && !i.args.empty()) i.args[0].value = register_bytes(i.args[0]);
+  if (i.op[0] == "cvt" && i.args.size() > 1) {
+    for (Operand& o : i.args) o.value = o.kind == Operand::Kind::Register ? register_bytes(o) : 0;
+  }
   Choice choice;
   for (const auto family : {&compare_handler, &convert_handler, &float_handler, &function_handler,
                             &half_handler, &integer_handler, &bits_handler, &move_handler}) {
@@ -28,10 +30,11 @@ bool Encoder::arithmetic(const FlatIns& f, Ins& ins) {
       if (i.args[3].negated) ins.flags |= 4;
     }
   }
-  for (std::size_t a = 1; a < i.args.size(); ++a, ++k) {
+  for (std::size_t a = 1; a < f.ptx.args.size(); ++a, ++k) {
+    const Operand& operand = f.ptx.args[a];
     if (k >= choice.width.size() || choice.width[k] == 0) unknown(f, "number of operands");
-    if (i.args[a].negated && i.op[0] != "setp") unknown(f, "negated operand");
-    ins.op[k] = place(f, i.args[a], choice.width[k], type);
+    if (operand.negated && i.op[0] != "setp") unknown(f, "negated operand");
+    ins.op[k] = place(f, operand, choice.width[k], type);
   }
   return true;
 }

@@ -56,6 +56,14 @@ T to_half_type(float v) {
   return r;
 }
 
+// A source of type T in a 64-bit register: its low bits. The manual lets the registers of cvt be
+// wider than its types, and truncates.
+template <class T>
+struct Chopped {
+  u64 bits;
+  operator T() const { return narrow<T>(static_cast<u32>(bits)); }
+};
+
 template <class T>
 constexpr bool is_half = std::is_same_v<T, Half> || std::is_same_v<T, Bf16>;
 template <class T>
@@ -64,6 +72,11 @@ constexpr bool is_floating = std::is_floating_point_v<T> || is_half<T>;
 // `Out` is D sign- or zero-extended to the width of the destination register.
 template <class D, class Out, Rounding R, bool Sat, bool Ftz, bool Integral>
 struct Convert {
+  template <class A>
+  static Out run(Chopped<A> a) {
+    return run(static_cast<A>(a));
+  }
+
   template <class A>
   static Out run(A a) {
     if constexpr (is_floating<A>) {
@@ -128,20 +141,21 @@ using Everything = Types<u8, i8, u16, i16, u32, i32, u64, i64, float, double, Ha
 template <class D>
 using Extended = std::conditional_t<std::is_signed_v<D>, i64, u64>;
 
-// Only what the manual allows and a compiler emits is instantiated.
-template <class D, class Out, class A>
+// Only what the manual allows and a compiler emits is instantiated. `From` is A as the source
+// register holds it.
+template <class D, class Out, class A, class From>
 Choice choose_rounding(const ptx::Instruction& i) {
   const bool sat = i.has("sat"), ftz = i.has("ftz");
   const auto pick = [&]<Rounding R, bool Integral>() -> Choice {
     constexpr bool single = std::is_same_v<D, float> || std::is_same_v<A, float>;
     if constexpr (single && (is_floating<D> == is_floating<A> || std::is_same_v<A, float>)) {
-      if (ftz && !sat) return lanewise<Convert<D, Out, R, false, true, Integral>, Out, A>();
+      if (ftz && !sat) return lanewise<Convert<D, Out, R, false, true, Integral>, Out, From>();
     }
     if constexpr (is_floating<D> == is_floating<A> && R == Rounding::Nearest) {
-      if (sat && !ftz) return lanewise<Convert<D, Out, R, true, false, Integral>, Out, A>();
+      if (sat && !ftz) return lanewise<Convert<D, Out, R, true, false, Integral>, Out, From>();
     }
     if (sat || (ftz && std::is_same_v<D, float>)) return {};
-    return lanewise<Convert<D, Out, R, false, false, Integral>, Out, A>();
+    return lanewise<Convert<D, Out, R, false, false, Integral>, Out, From>();
   };
   if constexpr (is_floating<A> && (!is_floating<D> || std::is_same_v<D, A>)) {
     if (i.has("rni")) return pick.template operator()<Rounding::Nearest, true>();
@@ -161,6 +175,25 @@ Choice choose_rounding(const ptx::Instruction& i) {
       return {};
     }
     return pick.template operator()<Rounding::Nearest, false>();
+  }
+}
+
+template <class D, class A, class From>
+Choice choose_result(const ptx::Instruction& i) {
+  if constexpr (is_floating<D>) {
+    return choose_rounding<D, D, A, From>(i);
+  } else {
+    // args[0].value holds the bytes of the destination register (see decode).
+    const u64 bytes = i.args.at(0).value;
+    if (bytes == 8) return choose_rounding<D, Extended<D>, A, From>(i);
+    if constexpr (sizeof(D) <= 2 && std::is_signed_v<D>) {
+      if (bytes == 2) return choose_rounding<D, i16, A, From>(i);
+    }
+    if constexpr (sizeof(D) <= 4) {
+      using Out = std::conditional_t<std::is_signed_v<D>, i32, u32>;
+      return choose_rounding<D, Out, A, From>(i);
+    }
+    return {};
   }
 }
 
@@ -214,21 +247,11 @@ Choice convert_handler(const ptx::Instruction& i) {
   if (!only(i, {"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "ftz", "sat"}, 2)) return {};
   return with_type(Everything{}, to, [&]<class D>() {
     return with_type(Everything{}, from, [&]<class A>() -> Choice {
-      if constexpr (is_floating<D>) {
-        return choose_rounding<D, D, A>(i);
-      } else {
-        // args[0].value holds the bytes of the destination register (see decode).
-        const u64 bytes = i.args.at(0).value;
-        if (bytes == 8) return choose_rounding<D, Extended<D>, A>(i);
-        if constexpr (sizeof(D) <= 2 && std::is_signed_v<D>) {
-          if (bytes == 2) return choose_rounding<D, i16, A>(i);
-        }
-        if constexpr (sizeof(D) <= 4) {
-          using Out = std::conditional_t<std::is_signed_v<D>, i32, u32>;
-          return choose_rounding<D, Out, A>(i);
-        }
-        return {};
+      // args[1].value holds the bytes of the source register, 0 for a constant (see decode).
+      if constexpr (sizeof(A) < 8) {
+        if (i.args.at(1).value == 8) return choose_result<D, A, Chopped<A>>(i);
       }
+      return choose_result<D, A, A>(i);
     });
   });
 }

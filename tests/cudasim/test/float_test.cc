@@ -84,6 +84,12 @@ const Case kCases[] = {
     {"cvt.rn.f16.f32 %h0, %ra;", bits(0x1p-25f), 0, 0, 0},
     {"cvt.rn.f16.f32 %h0, %ra;", bits(0x1.8p-25f), 0, 0, 1},
     {"cvt.f32.f16 %r0, %ha;", 0x0001, 0, 0, bits(0x1p-24f)},
+    // From registers wider than the type: the low bits.
+    {"cvt.f32.f16 %r0, %ra;", 0x7c000001, 0, 0, bits(0x1p-24f)},
+    {"cvt.f32.f16 %r0, %la;", 0x12345678'7c003c00ull, 0, 0, bits(1.f)},
+    {"cvt.rn.f32.s32 %r0, %la;", 0x12345678'ffffffffull, 0, 0, bits(-1.f)},
+    {"cvt.rni.s32.f32 %r0, %la;", 0x3f800000'40200000ull, 0, 0, 2},
+    {"cvt.f64.f32 %l0, %la;", 0x40000000'3f800000ull, 0, 0, bits(1.0)},
     {"cvt.f32.f16 %r0, %ha;", 0xfc00, 0, 0, bits(-kInf)},
     {"cvt.rn.bf16x2.f32 %r0, %ra, %rb;", bits(1.f), bits(2.f), 0, 0x3f804000},
     {"cvt.rn.f16x2.f32 %r0, %ra, %rb;", bits(1.f), bits(2.f), 0, 0x3c004000},

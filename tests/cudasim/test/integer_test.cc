@@ -104,6 +104,16 @@ const Case kCases[] = {
     {"cvt.sat.u8.s32 %r0, %ra;", static_cast<u32>(-5), 0, 0, 0},
     {"cvt.s64.s32 %l0, %ra;", 0x80000000, 0, 0, 0xffffffff80000000ull},
     {"cvt.u64.u32 %l0, %ra;", 0x80000000, 0, 0, 0x80000000ull},
+    // Operand size exceeding instruction-type size: the source is truncated, then converted; the
+    // result is extended by the sign of the destination type.
+    {"cvt.s64.s32 %l0, %la;", 0x12345678'80000000ull, 0, 0, 0xffffffff80000000ull},
+    {"cvt.s64.s32 %l0, %la;", 0xffffffff'7fffffffull, 0, 0, 0x7fffffff},
+    {"cvt.u64.u32 %l0, %la;", 0x12345678'80000000ull, 0, 0, 0x80000000ull},
+    {"cvt.s32.s16 %r0, %la;", 0x12345678'00018000ull, 0, 0, 0xffff8000},
+    {"cvt.s16.s8 %h0, %la;", 0x12345678'00018180ull, 0, 0, 0xff80},
+    {"cvt.sat.u8.s32 %r0, %la;", 0x1'fffffffbull, 0, 0, 0},
+    {"cvt.sat.s8.u16 %r0, %la;", 0xabcd'0001'00ffull, 0, 0, 127},
+    {"cvt.u32.u64 %l0, %la;", 0x12345678'80000001ull, 0, 0, 0x80000001ull},
     {"mov.b32 %r0, {%ha, %hb};", 0x1234, 0xabcd, 0, 0xabcd1234},
     {"mov.b64 %l0, {%ra, %rb};", 1, 2, 0, 0x200000001ull},
     {"mov.b32 {%h1, %h0}, %ra;", 0xabcd1234, 0, 0, 0xabcd},
