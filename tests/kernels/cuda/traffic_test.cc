@@ -1,9 +1,9 @@
 #include <dlfcn.h>
 
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/secret_moe.h"
 #include "tests/kernels/cuda/device.h"
-#include "tests/kernels/packed.h"
-#include "tests/kernels/support.h"
+#include "tests/kernels/cuda/device_layer.h"
 
 namespace moesaic::cuda {
 namespace {
@@ -33,6 +33,37 @@ TEST_F(Traffic, LinearQ4_0) { run_linear(DType::Q4_0, 576, 1536); }
 TEST_F(Traffic, LinearQ4_1) { run_linear(DType::Q4_1, 576, 576); }
 TEST_F(Traffic, LinearQ4_K) { run_linear(DType::Q4_K, 576, 2048); }
 TEST_F(Traffic, LinearQ6_K) { run_linear(DType::Q6_K, 576, 2048); }
+
+// Bytes of the sectors that [begin, end) touches.
+std::int64_t sector_bytes(std::int64_t begin, std::int64_t end) {
+  return ((end + 31) / 32 - begin / 32) * 32;
+}
+
+// 128 shared and 256 of 1,408 experts. A neuron is one run of the file's rows, which begins where
+// it begins: DRAM moves the sectors that it touches.
+TEST_F(Traffic, SecretMoe) {
+  const kernels::MoeLayer host({.experts = DType::Q4_1,
+                                .router = DType::Q8_0,
+                                .d_model = 576,
+                                .n_shared = 128,
+                                .n_experts = 1408,
+                                .n_active = 256,
+                                .router_rank = 64,
+                                .bypass_rank = 64});
+  const DeviceLayer layer(host, stream);
+  const auto& v = host.view;
+  const auto workspace = zeroed_workspace(layer, stream);
+  const DeviceMatrix x(normal_values(576, 10), 1, 576, stream), y(1, 576);
+  const DeviceBuffer<std::int32_t> ids(256);
+  secret_moe_token(layer.view, x.view(), y.view(), ids.data(), workspace.data(), stream);
+  std::int64_t minimum = v.router_v.bytes() + v.router_u.bytes() + v.bypass_q.bytes() +
+                         v.bypass_p.bytes() + v.shared.bytes();
+  for (const std::int64_t id : on_host(ids, stream)) {
+    minimum += sector_bytes(3 * id * v.experts.row_bytes(), 3 * (id + 1) * v.experts.row_bytes());
+  }
+  const std::int64_t floats = v.n_experts() + v.n_active + 3 * 576;  // c, μ, b, x, y
+  state_minimum("neurons_kernel", minimum + 4 * floats);
+}
 
 }  // namespace
 }  // namespace moesaic::cuda
