@@ -27,6 +27,10 @@ struct Batch {
   std::span<const std::int32_t> outputs;  // rows of this batch that want logits, ascending
 };
 
+/// Throws ShapeError unless the batch's spans fit each other and the cache, and the cache the
+/// decoder; InputError for a position beyond the cache.
+void check_batch(const Batch& batch, const DecoderShape& shape, const KvCache& cache);
+
 /// What the engine asks of a model: the one interface between engine/ and models/.
 class Decoder {
  public:
@@ -35,6 +39,12 @@ class Decoder {
   /// Runs the batch, writes its keys and values to the cache, and the logits [outputs.size(),
   /// vocab_size]. Throws ShapeError, InputError (token id out of range, position beyond the cache).
   virtual void forward(const Batch& batch, KvCache& cache, Matrix logits) = 0;
+  /// A cache for n_slots sequences of up to `capacity` positions in the memory that forward() works
+  /// on. Throws as KvCache.
+  virtual KvCache make_cache(std::int64_t n_slots, std::int64_t capacity) const {
+    const DecoderShape s = shape();
+    return {s.n_layers, n_slots, capacity, s.n_kv_heads, s.head_dim};
+  }
 };
 
 }  // namespace moesaic::engine

@@ -75,8 +75,7 @@ class Generation {
         n_ctx_(check_requests(requests, options, shape_.context_length)),
         slots_(std::clamp<std::size_t>(requests.size(), 1,
                                        static_cast<std::size_t>(options.n_parallel))),
-        cache_(shape_.n_layers, static_cast<std::int64_t>(slots_.size()), n_ctx_, shape_.n_kv_heads,
-               shape_.head_dim),
+        cache_(decoder.make_cache(static_cast<std::int64_t>(slots_.size()), n_ctx_)),
         logits_(slots_.size() * static_cast<std::size_t>(shape_.vocab_size)),
         completions_(requests.size()) {
     const std::size_t rows =

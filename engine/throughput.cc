@@ -43,8 +43,7 @@ TimedWork::TimedWork(Decoder& decoder, const Work& work, const Monitor& monitor)
     : decoder_(decoder),
       work_(checked(work, decoder.shape())),
       length_(work.depth + work.n_prompt + work.n_gen),
-      cache_(decoder.shape().n_layers, work.n_sequences, length_, decoder.shape().n_kv_heads,
-             decoder.shape().head_dim),
+      cache_(decoder.make_cache(work.n_sequences, length_)),
       ids_(static_cast<std::size_t>(work.n_sequences * length_)),
       logits_(static_cast<std::size_t>(work.n_sequences * decoder.shape().vocab_size)) {
   const auto n_rows = static_cast<std::size_t>(

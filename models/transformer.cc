@@ -42,30 +42,6 @@ Transformer::Transformer(std::shared_ptr<const Checkpoint> checkpoint, Context& 
   }
 }
 
-void Transformer::check_batch(const engine::Batch& batch, const engine::KvCache& cache) const {
-  const std::size_t n = batch.tokens.size();
-  require<ShapeError>(batch.slots.size() == n && batch.positions.size() == n,
-                      "batch: {} tokens, {} slots and {} positions, expected as many of each", n,
-                      batch.slots.size(), batch.positions.size());
-  require<ShapeError>(cache.n_layers() == config().n_layers, "KV cache of {} layers, expected {}",
-                      cache.n_layers(), config().n_layers);
-  for (std::size_t t = 0; t < n; ++t) {
-    require<ShapeError>(batch.slots[t] >= 0 && batch.slots[t] < cache.n_slots(),
-                        "batch: row {} is of slot {}, the cache has {}", t, batch.slots[t],
-                        cache.n_slots());
-    require<InputError>(batch.positions[t] >= 0 && batch.positions[t] < cache.capacity(),
-                        "batch: row {} stands at position {}, the cache holds {}", t,
-                        batch.positions[t], cache.capacity());
-  }
-  std::int64_t previous = -1;
-  for (const std::int32_t row : batch.outputs) {
-    require<ShapeError>(row > previous && row < static_cast<std::int64_t>(n),
-                        "batch: output row {} after {}, expected ascending rows of {}", row,
-                        previous, n);
-    previous = row;
-  }
-}
-
 void Transformer::forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) {
   const auto n_outputs = static_cast<std::int64_t>(batch.outputs.size());
   require<ShapeError>(
@@ -80,7 +56,7 @@ void Transformer::forward(const engine::Batch& batch, engine::KvCache& cache, Ma
 }
 
 void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache, Matrix r) {
-  check_batch(batch, cache);
+  engine::check_batch(batch, shape(), cache);
   if (batch.tokens.empty()) return;
   embed(batch.tokens, r);
   const kernels::TokenPlaces places{batch.slots, batch.positions};

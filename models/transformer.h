@@ -87,7 +87,6 @@ class Transformer : public engine::Decoder {
   void set_selection_observer(SelectionObserver observer) { observer_ = std::move(observer); }
 
  private:
-  void check_batch(const engine::Batch& batch, const engine::KvCache& cache) const;
   // The two halves of attention_block(): keys and values of all rows of r go to the cache, queries
   // (where asked for) to an output; and what queries read there is added to r. q is scratch after.
   kernels::LinearInput attention_input(int layer, ConstMatrix r) const;
