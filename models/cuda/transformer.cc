@@ -1,0 +1,276 @@
+#include "models/cuda/transformer.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <variant>
+
+#include "kernels/base/error.h"
+#include "kernels/cuda/activation.h"
+#include "kernels/cuda/base/device.h"
+#include "kernels/cuda/embedding.h"
+#include "kernels/cuda/linear.h"
+#include "kernels/cuda/rms_norm.h"
+#include "kernels/cuda/rope.h"
+#include "kernels/cuda/secret_moe.h"
+
+namespace moesaic::models {
+namespace {
+
+constexpr std::int64_t kMinPositions = 256;  // a graph serves at least so many, then powers of two
+constexpr std::int64_t kAttentionRows = 32;  // of one launch: bounds its workspace
+constexpr std::int64_t kGraphRows = 64;      // larger batches are not launched often enough
+constexpr std::size_t kMaxGraphs = 64;
+
+// Makes the device current before anything is allocated on it.
+std::shared_ptr<const Checkpoint> on_device(std::shared_ptr<const Checkpoint> checkpoint,
+                                            int device) {
+  const ModelConfig& c = checkpoint->config;
+  for (const std::int64_t cols : {c.d_model, c.d_ff, std::int64_t{c.n_heads} * c.head_dim,
+                                  std::int64_t{c.n_kv_heads} * c.head_dim}) {
+    require<ShapeError>(cols % 4 == 0, "cuda: rows of {} elements, expected a multiple of 4", cols);
+  }
+  for (std::size_t i = 0; i < checkpoint->layers.size(); ++i) {
+    require<InputError>(
+        !std::holds_alternative<kernels::SelfRoutedView>(checkpoint->layers[i].mlp),
+        "{}: layer {} is self-routed: expected dense or glu+low_rank layers on CUDA",
+        checkpoint->file->path().string(), i);
+  }
+  cuda::use_device(device);
+  return checkpoint;
+}
+
+std::shared_ptr<float> allocate_device_kv(std::int64_t bytes) {
+  const auto memory =
+      std::make_shared<cuda::DeviceBuffer<float>>(static_cast<std::size_t>(bytes) / sizeof(float));
+  return {memory, memory->data()};
+}
+
+Matrix matrix(std::span<float> data, std::int64_t rows, std::int64_t cols) {
+  return {data.data(), rows, cols};
+}
+
+std::int64_t heads(const ModelConfig& c) { return std::int64_t{c.n_heads} * c.head_dim; }
+std::int64_t kv_heads(const ModelConfig& c) { return std::int64_t{c.n_kv_heads} * c.head_dim; }
+
+// The norm of each head of each row of x, where the model has one.
+void norm_heads(Matrix x, std::span<const float> weight, const ModelConfig& c,
+                cuda::StreamHandle stream) {
+  if (weight.empty()) return;
+  const Matrix each(x.data, x.rows * (x.cols / c.head_dim), c.head_dim);
+  cuda::rms_norm(each, weight.data(), c.norm_eps, each, stream);
+}
+
+}  // namespace
+
+CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weights,
+                                  std::int64_t rows_wanted, std::int64_t outputs_wanted,
+                                  std::int64_t positions_wanted, const cuda::Stream& stream)
+    : n_rows(rows_wanted), n_outputs(outputs_wanted), max_positions(positions_wanted) {
+  std::size_t moe_bytes = 0, n_selected = 0;
+  for (const LayerWeights& layer : weights.layers) {
+    const auto* m = std::get_if<kernels::SecretMoeView>(&layer.mlp);
+    if (m == nullptr) continue;
+    moe_bytes = std::max(moe_bytes, cuda::secret_moe_token_workspace(*m));
+    n_selected = std::max(n_selected, static_cast<std::size_t>(m->n_active));
+  }
+  const cuda::AttentionShape shape{c.n_heads, 0, 0, max_positions};
+  const std::size_t attention_bytes =
+      cuda::attention_workspace(shape, std::min(n_rows, kAttentionRows), c.head_dim);
+
+  // Twice the same walk: for the size, then for the memory.
+  std::size_t bytes = 0;
+  const auto divide = [&] {
+    const auto take = [&]<class T>(std::span<T>& part, std::int64_t n, std::int64_t cols) {
+      const auto count = static_cast<std::size_t>(n * cols);
+      bytes += cuda::Arena::bytes_for<T>(count);
+      if (arena != nullptr) part = arena->take<T>(count);
+    };
+    for (auto* part : {&r, &this->n, &t, &wanted}) take(*part, n_rows, c.d_model);
+    for (auto* part : {&q, &mixed}) take(*part, n_rows, heads(c));
+    for (auto* part : {&k, &v}) take(*part, n_rows, kv_heads(c));
+    for (auto* part : {&gate, &up}) take(*part, n_rows, c.d_ff);
+    take(logits, n_outputs, c.vocab_size);
+    take(rows, 3, n_rows);
+    take(selected, 1, static_cast<std::int64_t>(n_selected));
+    take(attention, 1, static_cast<std::int64_t>(attention_bytes));
+    take(moe, 1, static_cast<std::int64_t>(moe_bytes));
+  };
+  divide();
+  arena = std::make_shared<cuda::Arena>(bytes);
+  divide();
+  cuda::zero_bytes(moe.data(), moe.size(), stream);
+  host_rows = cuda::PinnedBuffer<std::int32_t>(rows.size());
+  host_logits = cuda::PinnedBuffer<float>(logits.size());
+}
+
+CudaTransformer::CudaTransformer(std::shared_ptr<const Checkpoint> checkpoint, int device)
+    : checkpoint_(on_device(std::move(checkpoint), device)), weights_(*checkpoint_, stream_) {}
+
+engine::KvCache CudaTransformer::make_cache(std::int64_t n_slots, std::int64_t capacity) const {
+  const ModelConfig& c = config();
+  return {c.n_layers, n_slots, capacity, c.n_kv_heads, c.head_dim, allocate_device_kv};
+}
+
+void CudaTransformer::reserve(const PassShape& pass) {
+  Buffers& b = buffers_;
+  if (pass.n_rows <= b.n_rows && pass.n_outputs <= b.n_outputs &&
+      pass.max_positions <= b.max_positions) {
+    return;
+  }
+  graphs_.clear();  // they hold the old addresses
+  const std::int64_t rows = std::max(pass.n_rows, b.n_rows);
+  const std::int64_t outputs = std::max(pass.n_outputs, b.n_outputs);
+  const std::int64_t positions = std::max(pass.max_positions, b.max_positions);
+  b = Buffers();  // before the new ones are allocated
+  b = Buffers(config(), weights_, rows, outputs, positions, stream_);
+}
+
+void CudaTransformer::forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) {
+  const auto n_rows = static_cast<std::int64_t>(batch.tokens.size());
+  const auto n_outputs = static_cast<std::int64_t>(batch.outputs.size());
+  engine::check_batch(batch, shape(), cache);
+  require<ShapeError>(cache.allocator() == allocate_device_kv,
+                      "KV cache in the host's memory, expected one of make_cache()");
+  require<ShapeError>(
+      logits.rows == n_outputs && (n_outputs == 0 || logits.cols == config().vocab_size),
+      "logits are [{}, {}], expected [{}, {}]", logits.rows, logits.cols, n_outputs,
+      config().vocab_size);
+  for (std::size_t t = 0; t < batch.tokens.size(); ++t) {
+    require<InputError>(batch.tokens[t] >= 0 && batch.tokens[t] < config().vocab_size,
+                        "embed: id {} of row {}, expected 0 to {}", batch.tokens[t], t,
+                        config().vocab_size - 1);
+  }
+  if (n_rows == 0) return;
+
+  const std::int64_t last = std::ranges::max(batch.positions) + std::int64_t{1};
+  const auto bucket = static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(last)));
+  const PassShape pass{n_rows,
+                       n_outputs,
+                       std::min(std::max(bucket, kMinPositions), cache.capacity()),
+                       cache.layer(0).keys,
+                       cache.capacity(),
+                       cache.n_slots()};
+  reserve(pass);
+  std::int32_t* to = buffers_.host_rows.span().data();
+  for (const auto& part : {batch.tokens, batch.slots, batch.positions}) {
+    to = std::ranges::copy(part, to).out;
+  }
+  if (n_outputs == n_rows && n_rows <= kGraphRows) {
+    auto graph = graphs_.find(pass);
+    if (graph == graphs_.end()) {
+      if (graphs_.size() >= kMaxGraphs) graphs_.clear();
+      cuda::Graph captured(stream_, [&] { queue(pass, batch.outputs, cache); });
+      graph = graphs_.emplace(pass, std::move(captured)).first;
+    }
+    graph->second.launch(stream_);
+  } else {
+    queue(pass, batch.outputs, cache);
+  }
+  stream_.synchronize();
+  const float* from = buffers_.host_logits.span().data();
+  for (std::int64_t row = 0; row < n_outputs; ++row) {
+    std::copy_n(from + row * config().vocab_size, config().vocab_size, logits.row(row));
+  }
+}
+
+void CudaTransformer::queue(const PassShape& pass, std::span<const std::int32_t> outputs,
+                            engine::KvCache& cache) {
+  const ModelConfig& c = config();
+  Buffers& b = buffers_;
+  const auto n_ints = static_cast<std::size_t>(3 * pass.n_rows);
+  cuda::copy_bytes_in(reinterpret_cast<std::byte*>(b.rows.data()), b.host_rows.span().data(),
+                      n_ints * sizeof(std::int32_t), stream_);
+  const Matrix r = matrix(b.r, pass.n_rows, c.d_model), n = matrix(b.n, pass.n_rows, c.d_model);
+  const Matrix t = matrix(b.t, pass.n_rows, c.d_model);
+  cuda::embed(weights_.embedding, b.rows.data(), c.embedding_scale, r, stream_);
+  cuda::rms_norm(r, weights_.layers[0].attn_norm.data(), c.norm_eps, n, stream_);
+  for (int layer = 0; layer < c.n_layers; ++layer) {
+    const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
+    queue_attention(layer, pass, cache.layer(layer));
+    cuda::add_rms_norm(r, t, w.mlp_norm.data(), c.norm_eps, n, stream_);
+    queue_mlp(layer, pass.n_rows);
+    if (layer + 1 == c.n_layers) break;
+    const LayerWeights& next = weights_.layers[static_cast<std::size_t>(layer) + 1];
+    cuda::add_rms_norm(r, t, next.attn_norm.data(), c.norm_eps, n, stream_);
+  }
+  if (outputs.empty()) return;
+
+  // Only the rows that are wanted see the head.
+  const Matrix wanted = matrix(b.wanted, pass.n_outputs, c.d_model);
+  const Matrix logits = matrix(b.logits, pass.n_outputs, c.vocab_size);
+  if (pass.n_outputs == pass.n_rows) {
+    cuda::add_rms_norm(r, t, weights_.output_norm.data(), c.norm_eps, wanted, stream_);
+  } else {
+    for (std::size_t i = 0; i < outputs.size(); ++i) {
+      const Matrix row = r.slice(outputs[i], 1);
+      cuda::add_rms_norm(row, t.slice(outputs[i], 1), weights_.output_norm.data(), c.norm_eps,
+                         wanted.slice(static_cast<std::int64_t>(i), 1), stream_);
+    }
+  }
+  cuda::linear({weights_.head, wanted, nullptr, logits}, stream_);
+  cuda::copy_bytes_out(b.host_logits.span().data(), reinterpret_cast<std::byte*>(b.logits.data()),
+                       static_cast<std::size_t>(pass.n_outputs * c.vocab_size) * sizeof(float),
+                       stream_);
+}
+
+// t = post_attn_norm?(W_o attention(rope(q_norm?(W_q n)), …)).
+void CudaTransformer::queue_attention(int layer, const PassShape& pass,
+                                      const kernels::KvLayerView& cache) {
+  const ModelConfig& c = config();
+  const Buffers& b = buffers_;
+  const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
+  const ModelConfig::Layer& at = c.layers[static_cast<std::size_t>(layer)];
+  const std::int64_t rows = pass.n_rows;
+  const Matrix n = matrix(b.n, rows, c.d_model), t = matrix(b.t, rows, c.d_model);
+  const Matrix q = matrix(b.q, rows, heads(c)), mixed = matrix(b.mixed, rows, heads(c));
+  const Matrix k = matrix(b.k, rows, kv_heads(c)), v = matrix(b.v, rows, kv_heads(c));
+  const std::int32_t* slots = b.rows.data() + rows;
+  const std::int32_t* positions = slots + rows;
+  const std::array<cuda::Product, 3> products = {
+      cuda::Product{w.w_q, n, nullptr, q}, {w.w_k, n, nullptr, k}, {w.w_v, n, nullptr, v}};
+  cuda::linear(products, stream_);
+  norm_heads(q, w.q_norm, c, stream_);
+  norm_heads(k, w.k_norm, c, stream_);
+  const float* freq = weights_.rope_freq[static_cast<std::size_t>(layer)].data();
+  cuda::rope(q, c.head_dim, positions, freq, c.rope_style, stream_);
+  cuda::rope(k, c.head_dim, positions, freq, c.rope_style, stream_);
+  cuda::store_kv(k, v, {slots, positions}, cache, stream_);
+  const cuda::AttentionShape shape{c.n_heads, c.attention_scale, at.window, pass.max_positions};
+  for (std::int64_t first = 0; first < rows; first += kAttentionRows) {
+    const std::int64_t some = std::min(kAttentionRows, rows - first);
+    cuda::attention(q.slice(first, some), {slots + first, positions + first}, cache, shape,
+                    mixed.slice(first, some), b.attention.data(), stream_);
+  }
+  cuda::linear({w.w_o, mixed, nullptr, t}, stream_);
+  if (!w.post_attn_norm.empty()) {
+    cuda::rms_norm(t, w.post_attn_norm.data(), c.norm_eps, t, stream_);
+  }
+}
+
+// t = post_mlp_norm?(mlp(n)).
+void CudaTransformer::queue_mlp(int layer, std::int64_t n_rows) {
+  const ModelConfig& c = config();
+  const Buffers& b = buffers_;
+  const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
+  const Matrix n = matrix(b.n, n_rows, c.d_model), t = matrix(b.t, n_rows, c.d_model);
+  if (const auto* dense = std::get_if<DenseMlp>(&w.mlp)) {
+    const Matrix gate = matrix(b.gate, n_rows, c.d_ff), up = matrix(b.up, n_rows, c.d_ff);
+    const std::array<cuda::Product, 2> products = {cuda::Product{dense->w_gate, n, nullptr, gate},
+                                                   {dense->w_up, n, nullptr, up}};
+    cuda::linear(products, stream_);
+    cuda::gated_activation(dense->phi, gate, up, gate, stream_);
+    cuda::linear({dense->w_down, gate, nullptr, t}, stream_);
+  } else {
+    const auto& moe = std::get<kernels::SecretMoeView>(w.mlp);
+    for (std::int64_t row = 0; row < n_rows; ++row) {
+      cuda::secret_moe_token(moe, n.slice(row, 1), t.slice(row, 1), b.selected.data(), b.moe.data(),
+                             stream_);
+    }
+  }
+  if (!w.post_mlp_norm.empty()) {
+    cuda::rms_norm(t, w.post_mlp_norm.data(), c.norm_eps, t, stream_);
+  }
+}
+
+}  // namespace moesaic::models

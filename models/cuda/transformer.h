@@ -1,0 +1,81 @@
+#pragma once
+
+#include <compare>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/base/arena.h"
+#include "kernels/cuda/base/graph.h"
+#include "kernels/cuda/base/pinned_buffer.h"
+#include "kernels/cuda/base/stream.h"
+#include "models/cuda/weights.h"
+
+namespace moesaic::models {
+
+/// Transformer on a GPU: weights, cache and activations in device memory, float32 activations and
+/// sums. A batch that wants logits of all its rows, as decode does, runs as one graph, which is
+/// captured when its shape first comes; the host waits once, for the logits. Other batches are
+/// queued kernel by kernel. Rows beyond 8 read the weights again for each 8.
+class CudaTransformer : public engine::Decoder {
+ public:
+  /// Copies the checkpoint's weights to GPU `device`. Throws DeviceError; ShapeError for d_model,
+  /// d_ff or heads whose rows do not begin at multiples of 16 bytes; InputError for self-routed
+  /// layers.
+  CudaTransformer(std::shared_ptr<const Checkpoint> checkpoint, int device);
+
+  // engine::Decoder
+  engine::DecoderShape shape() const override { return config().shape(); }
+  engine::KvCache make_cache(std::int64_t n_slots, std::int64_t capacity) const override;
+  void forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) override;
+
+ private:
+  /// What a captured graph serves: it holds the addresses of one cache, and attention that sees
+  /// positions below max_positions.
+  struct PassShape {
+    std::int64_t n_rows = 0;
+    std::int64_t n_outputs = 0;
+    std::int64_t max_positions = 0;
+    const float* cache = nullptr;
+    std::int64_t capacity = 0;
+    std::int64_t n_slots = 0;
+    auto operator<=>(const PassShape&) const = default;
+  };
+
+  /// Memory that passes use again: enough for any up to n_rows, n_outputs and max_positions.
+  struct Buffers {
+    Buffers() = default;
+    Buffers(const ModelConfig& config, const CudaWeights& weights, std::int64_t n_rows,
+            std::int64_t n_outputs, std::int64_t max_positions, const cuda::Stream& stream);
+
+    std::int64_t n_rows = 0, n_outputs = 0, max_positions = 0;
+    std::shared_ptr<cuda::Arena> arena;
+    std::span<float> r, n, t, wanted;     // [n_rows, d_model]
+    std::span<float> q, mixed;            // [n_rows, n_heads · head_dim]
+    std::span<float> k, v;                // [n_rows, n_kv_heads · head_dim]
+    std::span<float> gate, up;            // [n_rows, d_ff]
+    std::span<float> logits;              // [n_outputs, vocab_size]
+    std::span<std::int32_t> rows;         // tokens, slots, positions: [3, n_rows]
+    std::span<std::int32_t> selected;     // of one token and layer
+    std::span<std::byte> attention, moe;  // workspaces
+    cuda::PinnedBuffer<std::int32_t> host_rows;
+    cuda::PinnedBuffer<float> host_logits;
+  };
+
+  const ModelConfig& config() const { return checkpoint_->config; }
+  void reserve(const PassShape& pass);
+  // The whole pass, from host_rows to host_logits.
+  void queue(const PassShape& pass, std::span<const std::int32_t> outputs, engine::KvCache& cache);
+  void queue_attention(int layer, const PassShape& pass, const kernels::KvLayerView& cache);
+  void queue_mlp(int layer, std::int64_t n_rows);
+
+  std::shared_ptr<const Checkpoint> checkpoint_;
+  cuda::Stream stream_;
+  CudaWeights weights_;
+  Buffers buffers_;
+  std::map<PassShape, cuda::Graph> graphs_;
+};
+
+}  // namespace moesaic::models

@@ -1,0 +1,25 @@
+# cmake -DCUDASIM=… -DPROGRAM=… -DCOUNTERS=PREFIX -P steps.cmake
+# Decodes 10 and 30 tokens on the stand-in and fails unless the 20 more cost 20 graph launches, 20 synchronisations, and
+# no allocation, copy or kernel launch outside graphs.
+set(names graph_launches synchronisations allocations)
+foreach(run Ten Thirty)
+  execute_process(COMMAND ${CUDASIM} run --counters ${COUNTERS}${run}.json ${PROGRAM} --gtest_filter=CudaSteps.${run}
+    RESULT_VARIABLE status OUTPUT_VARIABLE text ERROR_VARIABLE text)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "CudaSteps.${run}: status ${status}\n${text}")
+  endif()
+  file(READ ${COUNTERS}${run}.json json)
+  foreach(name ${names})
+    string(JSON ${run}_${name} GET ${json} process ${name})
+  endforeach()
+endforeach()
+set(graph_launches 20)
+set(synchronisations 20)
+set(allocations 0)
+foreach(name ${names})
+  math(EXPR found "${Thirty_${name}} - ${Ten_${name}}")
+  message(STATUS "20 tokens: ${found} ${name}")
+  if(NOT found EQUAL ${${name}})
+    message(SEND_ERROR "20 tokens: ${found} ${name}, expected ${${name}}")
+  endif()
+endforeach()

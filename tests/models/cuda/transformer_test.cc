@@ -1,0 +1,229 @@
+#include "models/cuda/transformer.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "engine/generation.h"
+#include "kernels/base/error.h"
+#include "tests/kernels/cuda/device.h"
+#include "tests/models/tiny_model.h"
+
+namespace moesaic::models {
+namespace {
+
+using Rows = std::vector<std::vector<float>>;
+
+// One decoder with a cache of its own making.
+struct Runner {
+  explicit Runner(engine::Decoder& d, std::int64_t n_slots = 3, std::int64_t capacity = 64)
+      : decoder(d), cache(d.make_cache(n_slots, capacity)) {}
+
+  Rows run(const std::vector<std::int32_t>& tokens, const std::vector<std::int32_t>& slots,
+           const std::vector<std::int32_t>& positions, const std::vector<std::int32_t>& outputs) {
+    std::vector<float> logits(outputs.size() * TinyModel::kVocab);
+    decoder.forward(
+        {tokens, slots, positions, outputs}, cache,
+        Matrix(logits.data(), static_cast<std::int64_t>(outputs.size()), TinyModel::kVocab));
+    Rows rows;
+    for (auto at = logits.begin(); at != logits.end(); at += TinyModel::kVocab) {
+      rows.emplace_back(at, at + TinyModel::kVocab);
+    }
+    return rows;
+  }
+
+  // One sequence in pieces of n tokens, logits of every row.
+  Rows run_pieces(const std::vector<std::int32_t>& ids, std::size_t n, std::int32_t slot = 0) {
+    Rows rows;
+    for (std::size_t begin = 0; begin < ids.size(); begin += n) {
+      const std::size_t end = std::min(begin + n, ids.size());
+      std::vector<std::int32_t> tokens, slots, positions, outputs;
+      for (std::size_t t = begin; t < end; ++t) {
+        tokens.push_back(ids[t]);
+        slots.push_back(slot);
+        positions.push_back(static_cast<std::int32_t>(t));
+        outputs.push_back(static_cast<std::int32_t>(t - begin));
+      }
+      const Rows piece = run(tokens, slots, positions, outputs);
+      rows.insert(rows.end(), piece.begin(), piece.end());
+    }
+    return rows;
+  }
+
+  engine::Decoder& decoder;
+  engine::KvCache cache;
+};
+
+// Largest difference over the root mean square of the expected logits.
+double relative_error(const Rows& found, const std::vector<std::vector<double>>& expected) {
+  EXPECT_EQ(found.size(), expected.size());
+  double largest = 0, squares = 0, n = 0;
+  for (std::size_t t = 0; t < std::min(found.size(), expected.size()); ++t) {
+    for (std::size_t i = 0; i < expected[t].size(); ++i) {
+      largest = std::max(largest, std::abs(found[t][i] - expected[t][i]));
+      squares += expected[t][i] * expected[t][i];
+      ++n;
+    }
+  }
+  return largest / std::sqrt(squares / n);
+}
+
+// As for the CPU's transformer: sums of about a hundred terms, through layers that renorm.
+constexpr double kTolerance = 300 * 1.2e-7;
+
+std::vector<std::int32_t> greedy(engine::Decoder& decoder, const std::vector<std::int32_t>& prompt,
+                                 int n_tokens) {
+  engine::Request request;
+  request.prompt = prompt;
+  request.max_tokens = n_tokens;
+  request.sampling.temperature = 0;
+  return engine::generate(decoder, {&request, 1}, [](std::int32_t) { return std::string("."); }, {})
+      .front()
+      .tokens;
+}
+
+struct Case {
+  TinyOptions options;
+  std::string name;
+};
+
+class CudaTransformerOn : public cuda::OnDevice, public testing::WithParamInterface<Case> {};
+
+TEST_P(CudaTransformerOn, GreedyTokensEqualTheCpus) {
+  const TinyModel tiny(GetParam().options);
+  TestContext test;
+  Transformer cpu(tiny.load(), test.context);
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto prompt = random_ids(9);
+  EXPECT_EQ(greedy(gpu, prompt, 64), greedy(cpu, prompt, 64));
+}
+
+TEST_P(CudaTransformerOn, PrefillAndPiecesEqualTheLoops) {
+  const TinyModel tiny(GetParam().options);
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto ids = random_ids(20);
+  const auto expected = tiny.reference.logits(ids);
+  for (const std::size_t n : {20, 7, 1}) {
+    Runner runner(gpu);
+    EXPECT_LT(relative_error(runner.run_pieces(ids, n), expected), kTolerance) << n;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, CudaTransformerOn,
+    testing::Values(
+        Case{{.architecture = "llama"}, "Llama"},
+        Case{{.architecture = "llama", .dtype = DType::Q8_0, .tied = false}, "LlamaUntiedQ8_0"},
+        Case{{.architecture = "llama", .dtype = DType::BF16, .window = 5}, "LlamaWindowBF16"},
+        Case{{.architecture = "llama", .dtype = DType::Q4_1, .moe_layers = {0, 1}},
+             "LlamaHybridQ4_1"},
+        Case{{.architecture = "gemma3", .n_layers = 7, .window = 8}, "GemmaWindow"},
+        Case{{.architecture = "gemma3", .window = 8, .moe_layers = {0}}, "GemmaHybrid"}),
+    [](const auto& instance) { return instance.param.name; });
+
+class CudaDecoder : public cuda::OnDevice {};
+
+TEST_F(CudaDecoder, SequencesInOneBatchDoNotMix) {
+  const TinyModel tiny({.moe_layers = {1}});
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto a = random_ids(8, 5), b = random_ids(8, 6);
+  const auto expected_a = tiny.reference.logits(a), expected_b = tiny.reference.logits(b);
+  Runner runner(gpu);
+  runner.run_pieces({b.begin(), b.begin() + 4}, 4, 2);
+  runner.run_pieces({a.begin(), a.begin() + 7}, 7, 0);
+  const Rows first = runner.run({a[7], b[4]}, {0, 2}, {7, 4}, {0, 1});
+  EXPECT_LT(relative_error(first, {expected_a[7], expected_b[4]}), kTolerance);
+  const Rows second = runner.run({b[5], b[6], b[7]}, {2, 2, 2}, {5, 6, 7}, {0, 1, 2});
+  EXPECT_LT(relative_error(second, {expected_b[5], expected_b[6], expected_b[7]}), kTolerance);
+}
+
+TEST_F(CudaDecoder, OutputsPickTheirRows) {
+  const TinyModel tiny({});
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto ids = random_ids(10);
+  const auto expected = tiny.reference.logits(ids);
+  Runner runner(gpu);
+  const std::vector<std::int32_t> slots(10, 1), positions = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9};
+  const Rows found = runner.run(ids, slots, positions, {0, 3, 9});
+  EXPECT_LT(relative_error(found, {expected[0], expected[3], expected[9]}), kTolerance);
+  EXPECT_TRUE(runner.run(ids, slots, positions, {}).empty());
+  EXPECT_TRUE(runner.run({}, {}, {}, {}).empty());
+}
+
+TEST_F(CudaDecoder, GraphsSurviveLargerBatchesAndOtherCaches) {
+  const TinyModel tiny({.moe_layers = {0}});
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto ids = random_ids(40);
+  const auto expected = tiny.reference.logits(ids);
+  for (const std::int64_t capacity : {40, 300}) {
+    Runner runner(gpu, 1, capacity);
+    runner.run_pieces({ids.begin(), ids.begin() + 2}, 1);
+    for (std::int32_t t = 2; t < 4; ++t) {
+      const Rows row = runner.run({ids[static_cast<std::size_t>(t)]}, {0}, {t}, {0});
+      EXPECT_LT(relative_error(row, {expected[static_cast<std::size_t>(t)]}), kTolerance);
+    }
+    Runner larger(gpu, 2, capacity);
+    EXPECT_LT(relative_error(larger.run_pieces(ids, 40, 1), expected), kTolerance);
+    const Rows row = runner.run({ids[4]}, {0}, {4}, {0});
+    EXPECT_LT(relative_error(row, {expected[4]}), kTolerance);
+  }
+}
+
+// Positions beyond 256 need another graph, and a second block of keys.
+TEST_F(CudaDecoder, PositionsCrossTheFirstGraphsReach) {
+  const TinyModel tiny({.n_layers = 1});
+  TestContext test;
+  Transformer cpu(tiny.load(), test.context);
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto prompt = random_ids(250);
+  const auto found = greedy(gpu, prompt, 6);
+  EXPECT_EQ(found.size(), 6u);
+  EXPECT_EQ(found, greedy(cpu, prompt, 6));
+}
+
+TEST_F(CudaDecoder, BadBatchesAreRefused) {
+  const TinyModel tiny({});
+  CudaTransformer gpu(tiny.load(), 0);
+  Runner runner(gpu, 2, 8);
+  EXPECT_THROW(runner.run({80}, {0}, {0}, {0}), InputError);  // id
+  EXPECT_THROW(runner.run({-1}, {0}, {0}, {0}), InputError);  // id
+  EXPECT_THROW(runner.run({1}, {0}, {8}, {0}), InputError);   // position
+  EXPECT_THROW(runner.run({1}, {2}, {0}, {0}), ShapeError);   // slot
+  EXPECT_THROW(runner.run({1}, {0}, {0}, {1}), ShapeError);   // output row
+  const engine::DecoderShape shape = gpu.shape();
+  engine::KvCache on_host(shape.n_layers, 2, 8, shape.n_kv_heads, shape.head_dim);
+  std::vector<float> logits(TinyModel::kVocab);
+  const std::vector<std::int32_t> one = {0};
+  EXPECT_THROW(
+      gpu.forward({one, one, one, one}, on_host, Matrix(logits.data(), 1, TinyModel::kVocab)),
+      ShapeError);
+}
+
+TEST_F(CudaDecoder, DevicesThatAreNotThereAreNamed) {
+  const TinyModel tiny({});
+  try {
+    CudaTransformer gpu(tiny.load(), 9);
+    FAIL() << "accepted";
+  } catch (const DeviceError& e) {
+    EXPECT_NE(std::string(e.what()).find("cuda:9"), std::string::npos) << e.what();
+  }
+}
+
+// What the step counters are read from (tests/models/cuda/steps.cmake): so many tokens after the
+// first.
+class CudaSteps : public cuda::OnDevice {
+ protected:
+  void decode(int n_tokens) {
+    const TinyModel tiny({.moe_layers = {1}});
+    CudaTransformer gpu(tiny.load(), 0);
+    Runner runner(gpu, 1, 64);
+    for (std::int32_t t = 0; t < n_tokens; ++t) runner.run({t}, {0}, {t}, {0});
+  }
+};
+
+TEST_F(CudaSteps, Ten) { decode(10); }
+TEST_F(CudaSteps, Thirty) { decode(30); }
+
+}  // namespace
+}  // namespace moesaic::models
