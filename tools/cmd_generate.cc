@@ -118,7 +118,7 @@ void generate_one(const GenerateOptions& options, Model& model, Progress& progre
     return true;
   };
   const std::vector<engine::Completion> completions = engine::generate(
-      model.transformer, {&request, 1}, [&](std::int32_t id) { return model.tokenizer->piece(id); },
+      model.decoder(), {&request, 1}, [&](std::int32_t id) { return model.tokenizer->piece(id); },
       {.n_ctx = 0, .n_parallel = 1, .n_batch = 512, .cancel = &stop_flag()}, on_text);
   const engine::Completion& completion = completions.front();
   if (stream) {
@@ -156,7 +156,7 @@ void generate_batch(const GenerateOptions& options, Model& model,
     return true;
   };
   const std::vector<engine::Completion> completions = engine::generate(
-      model.transformer, requests, [&](std::int32_t id) { return model.tokenizer->piece(id); },
+      model.decoder(), requests, [&](std::int32_t id) { return model.tokenizer->piece(id); },
       {.n_ctx = 0, .n_parallel = options.parallel, .n_batch = 512, .cancel = &stop_flag()},
       on_text);
   progress.advance(at_most, {});
@@ -178,7 +178,7 @@ void generate(const GenerateOptions& options) {
   std::vector<BatchItem> items;
   if (options.from_batch) items = read_batch(options.batch, options.prompt_options);
   Runtime runtime(options.run);
-  Model model(options.model, runtime.context);
+  Model model(options.model, runtime.context, options.run.device);
   Progress progress(options.run.quiet);
   if (options.from_batch) {
     generate_batch(options, model, items, progress);
@@ -238,7 +238,7 @@ void add_generate(CLI::App& app, Action& action) {
       ->capture_default_str();
   add_sampling_options(*cmd, options->prompt_options);
   add_output_option(*cmd, options->format, {"text", "json"});
-  add_run_options(*cmd, options->run);
+  add_run_options(*cmd, options->run, Devices::CpuAndCuda);
   cmd->footer(
       R"(A line of a batch may set id, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty,
 repeat_last_n, seed and stop (a string or a list) for itself. Results come as JSONL in input order.

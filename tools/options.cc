@@ -8,15 +8,19 @@
 #include <charconv>
 #include <cmath>
 
+#include "tools/device.h"
+
 namespace moesaic::tools {
 namespace {
 
-std::string check_device(const std::string& value) {
+std::string check_device(const std::string& value, Devices devices) {
   if (value == "cpu") return {};
-  if (value == "cuda" || value.rfind("cuda:", 0) == 0) {
+  if (cuda_device(value) && !built_with_cuda()) {
     return fmt::format("'{}' is not available: built without CUDA", value);
   }
-  return fmt::format("found '{}', expected cpu", value);
+  if (devices == Devices::Cpu) return fmt::format("found '{}', expected cpu", value);
+  if (cuda_device(value)) return {};
+  return fmt::format("found '{}', expected cpu, cuda or cuda:N", value);
 }
 
 /// The whole text as a number, or nothing.
@@ -58,12 +62,19 @@ CLI::Validator integer_between(std::int64_t low, std::int64_t high) {
 }
 
 void add_run_options(CLI::App& cmd, RunOptions& options) {
+  add_run_options(cmd, options, Devices::Cpu);
+}
+
+void add_run_options(CLI::App& cmd, RunOptions& options, Devices devices) {
   cmd.add_option("-t,--threads", options.threads,
                  "Threads (default: all cores this process may use)")
       ->check(integer_between(1, 1024))
       ->capture_default_str();
-  cmd.add_option("--device", options.device, "Where to run: cpu")
-      ->check(CLI::Validator(check_device, "DEVICE"))
+  cmd.add_option(
+         "--device", options.device,
+         devices == Devices::Cpu ? "Where to run: cpu" : "Where to run: cpu, cuda or cuda:N")
+      ->check(CLI::Validator(
+          [devices](const std::string& value) { return check_device(value, devices); }, "DEVICE"))
       ->capture_default_str();
   cmd.add_option("--activations", options.activations,
                  "Precision in which activations enter a matrix product; sums are f32 in all. q16: "

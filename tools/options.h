@@ -26,6 +26,9 @@ struct RunOptions {
   std::string activations = "q16";
   bool quiet = false;
 };
+/// Where a subcommand can run; without the word, on the CPU alone.
+enum class Devices { Cpu, CpuAndCuda };
+void add_run_options(CLI::App& cmd, RunOptions& options, Devices devices);
 void add_run_options(CLI::App& cmd, RunOptions& options);
 
 /// -o with the formats that the subcommand knows, the first being the default.

@@ -9,6 +9,7 @@
 
 #include "models/panels.h"
 #include "models/secret_moe_file.h"
+#include "tools/device.h"
 #include "tools/output.h"
 #include "tools/path_constants.h"
 
@@ -70,10 +71,10 @@ Activations parse_activations(const std::string& name) {
   return name == "bf16" ? Activations::BF16 : Activations::F32;
 }
 
-std::shared_ptr<const models::Checkpoint> load(const std::filesystem::path& path,
-                                               Context& context) {
+std::shared_ptr<const models::Checkpoint> load(const std::filesystem::path& path, Context& context,
+                                               bool on_cpu) {
   auto checkpoint = models::Checkpoint::load(path);
-  if (context.activations != Activations::Q16) return checkpoint;
+  if (!on_cpu || context.activations != Activations::Q16) return checkpoint;
   return with_path_constants(context, models::with_panels(*checkpoint, context.pool));
 }
 
@@ -83,10 +84,12 @@ Runtime::Runtime(const RunOptions& options)
     : pool(options.threads),
       context{pool, workspace, tally, parse_activations(options.activations)} {}
 
-Model::Model(const std::filesystem::path& path, Context& context)
-    : checkpoint(load(path, context)),
+Model::Model(const std::filesystem::path& path, Context& context, const std::string& device)
+    : checkpoint(load(path, context, device == "cpu")),
       tokenizer(models::load_tokenizer(*checkpoint->file)),
-      transformer(checkpoint, context) {}
+      transformer(checkpoint, context) {
+  if (const auto gpu = cuda_device(device)) on_gpu = make_cuda_decoder(checkpoint, *gpu);
+}
 
 std::string read_input(const std::filesystem::path& path) {
   const bool standard_input = path == "-";

@@ -24,11 +24,16 @@ struct Runtime {
 
 /// A checkpoint ready to run.
 struct Model {
-  Model(const std::filesystem::path& path, Context& context);
+  /// `device` as in RunOptions.
+  Model(const std::filesystem::path& path, Context& context, const std::string& device = "cpu");
+
+  /// What runs the model on the device asked for.
+  engine::Decoder& decoder() { return on_gpu ? *on_gpu : transformer; }
 
   std::shared_ptr<const models::Checkpoint> checkpoint;
   std::unique_ptr<models::Tokenizer> tokenizer;
-  models::Transformer transformer;
+  models::Transformer transformer;          // on the CPU
+  std::unique_ptr<engine::Decoder> on_gpu;  // null: not asked for
 };
 
 /// A whole file ("-": standard input). Throws IoError("PATH: cannot read: reason").

@@ -81,9 +81,19 @@ TEST(Usage, ValuesOutOfRange) {
   }
 }
 
-TEST(Usage, CudaIsNotBuiltIn) {
-  expect_one_line_error(run_program({"bench", "m.gguf", "--device", "cuda:0"}), 2,
-                        "built without CUDA");
+TEST(Usage, DevicesThatAreNotThere) {
+  expect_one_line_error(run_program({"bench", "m.gguf", "--device", "cuda:0"}), 2, "cuda:0");
+  expect_one_line_error(run_program({"generate", "m.gguf", "-p", "x", "--device", "cuda:x"}), 2,
+                        "cuda:x");
+  // No machine has so many GPUs; without CUDA in the program it is the usage that is wrong.
+  const TinyModel model({}, [](TinyModel& m) { add_vocabulary(m); });
+  const ProgramRun run =
+      run_program({"generate", model.path.string(), "-p", "x", "--device", "cuda:99", "-q"});
+  EXPECT_TRUE(run.status == 1 || run.status == 2) << run.status;
+  expect_one_line_error(run, run.status, "");
+  EXPECT_TRUE(run.err.find("CUDA") != std::string::npos ||
+              run.err.find("cuda") != std::string::npos)
+      << run.err;
   expect_one_line_error(run_program({"bench", "m.gguf", "--device", "tpu"}), 2, "expected cpu");
 }
 

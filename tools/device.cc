@@ -1,0 +1,44 @@
+#include "tools/device.h"
+
+#include <charconv>
+
+#include "kernels/base/error.h"
+#if MOESAIC_HAS_CUDA
+#include "models/cuda/transformer.h"
+#endif
+
+namespace moesaic::tools {
+
+std::optional<int> cuda_device(const std::string& device) {
+  constexpr std::string_view kName = "cuda";
+  if (device == kName) return 0;
+  if (!device.starts_with("cuda:")) return std::nullopt;
+  int index = 0;
+  const char* begin = device.data() + kName.size() + 1;
+  const char* end = device.data() + device.size();
+  const auto [stop, error] = std::from_chars(begin, end, index);
+  if (error != std::errc() || stop != end || index < 0) return std::nullopt;
+  return index;
+}
+
+#if MOESAIC_HAS_CUDA
+
+bool built_with_cuda() { return true; }
+
+std::unique_ptr<engine::Decoder> make_cuda_decoder(
+    std::shared_ptr<const models::Checkpoint> checkpoint, int device) {
+  return std::make_unique<models::CudaTransformer>(std::move(checkpoint), device);
+}
+
+#else
+
+bool built_with_cuda() { return false; }
+
+std::unique_ptr<engine::Decoder> make_cuda_decoder(std::shared_ptr<const models::Checkpoint>,
+                                                   int device) {
+  throw DeviceError(fmt::format("cuda:{}: built without CUDA", device));
+}
+
+#endif
+
+}  // namespace moesaic::tools
