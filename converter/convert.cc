@@ -210,7 +210,8 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   if (options.data == "self") kept_tokens = state.load_calibration();
   const bool sample = options.data == "self" && !kept_tokens;
   const double sample_cost = sample ? kSampleCost * static_cast<double>(job.n_tokens) : 0;
-  const double recover_cost = kRecoverCost * static_cast<double>(job.recover.tokens);
+  const double recover_cost =
+      kRecoverCost * static_cast<double>(job.recover.tokens + job.recover.scale_tokens);
   std::optional<LowRankConversion> to_low_rank;
   std::optional<SelfRoutedConversion> to_self_routed;
   if (low_rank) {
@@ -252,8 +253,8 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
     const auto hybrid = models::Checkpoint::load(state.hybrid_path());
     const std::vector<std::int32_t> text =
         recovery_text(options.data, job.recover, checkpoint, *tokenizer, state, ctx, monitor);
-    const Recovered recovered =
-        recover(checkpoint, hybrid, text, job.recover, state.training_path(), ctx, monitor);
+    const Recovered recovered = recover(checkpoint, hybrid, text, job.recover,
+                                        {state.training_path(), state.scales_path()}, ctx, monitor);
     monitor.stage("write the hybrid", 1);
     write_recovered(*hybrid->file, recovered, options.output);
     report_recovered(recovered, options.output, calibration, ctx, report, monitor);

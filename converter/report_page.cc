@@ -62,11 +62,12 @@ std::string recovery_section(const RecoveryReport& recovery) {
       "Recovery",
       fmt::format("Converted layers trained end to end towards the dense model: the KL divergence "
                   "between their next tokens on held-out text went from {} to {} nats a token in "
-                  "float32 and is {} in the formats of the file. The MLPs' share of the dense "
+                  "float32, was {} when rounded to the formats of the file, and is {} as written, "
+                  "the scales of its blocks tuned. The MLPs' share of the dense "
                   "multiply-adds there was {} before and is {} as written.",
                   fixed(recovery.kl_start, 4), fixed(recovery.kl_trained, 4),
-                  fixed(recovery.kl_packed, 4), percent(recovery.active_start),
-                  percent(recovery.active_packed)),
+                  fixed(recovery.kl_rounded, 4), fixed(recovery.kl_packed, 4),
+                  percent(recovery.active_start), percent(recovery.active_packed)),
       figure_recovery(recovery));
 }
 

@@ -32,6 +32,7 @@ constexpr std::string_view kPlan = "plan.json";
 constexpr std::string_view kTime = "time.json";
 constexpr std::string_view kHybrid = "hybrid.gguf";
 constexpr std::string_view kTraining = "training.gguf";
+constexpr std::string_view kScales = "scales.gguf";
 
 // A layer's report in its metadata, besides the keys that read_secret_moe needs.
 constexpr std::string_view kKeyLayer = "moesaic.state.layer";
@@ -48,7 +49,8 @@ bool is_layer_file(std::string_view name) {
 
 bool is_own_file(std::string_view name) {
   return name == kJob || name == kCalibration || name == kCalibrationDigest || name == kPlan ||
-         name == kTime || name == kHybrid || name == kTraining || is_layer_file(name);
+         name == kTime || name == kHybrid || name == kTraining || name == kScales ||
+         is_layer_file(name);
 }
 
 /// What models::write_file_atomically names ".NAME.PID.N.tmp" while it writes NAME: gives NAME if
@@ -152,10 +154,11 @@ StateFolder::StateFolder(const std::filesystem::path& output, const std::string&
         "{}: holds {} finished layer{} of an earlier run; pass --resume to continue "
         "it, or remove the folder to start over",
         path_.string(), n_layers, n_layers == 1 ? "" : "s");
-    require<InputError>(!std::filesystem::exists(training_path()),
-                        "{}: holds an earlier run's training; pass --resume to continue it, or "
-                        "remove the folder to start over",
-                        path_.string());
+    require<InputError>(
+        !std::filesystem::exists(training_path()) && !std::filesystem::exists(scales_path()),
+        "{}: holds an earlier run's training; pass --resume to continue it, or "
+        "remove the folder to start over",
+        path_.string());
     remove_files(path_, [](const std::string& name) { return is_own_file(name); });
     models::write_file_atomically(path_ / kJob, fingerprint_json);
   } catch (const std::filesystem::filesystem_error& e) {

@@ -29,6 +29,7 @@ struct SavedLayer {
 ///   layer-NNN.gguf    a finished layer
 ///   hybrid.gguf       the hybrid before recovery
 ///   training.gguf     recovery as it stands
+///   scales.gguf       its second training, of block scales
 ///   time.json         seconds spent so far
 ///
 /// Every file is written atomically, so a kill at any moment leaves either a whole file or none;
@@ -68,6 +69,7 @@ class StateFolder {
   const std::filesystem::path& path() const { return path_; }
   std::filesystem::path hybrid_path() const { return path_ / "hybrid.gguf"; }
   std::filesystem::path training_path() const { return path_ / "training.gguf"; }
+  std::filesystem::path scales_path() const { return path_ / "scales.gguf"; }
 
  private:
   std::filesystem::path layer_path(int layer) const;

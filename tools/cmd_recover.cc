@@ -45,12 +45,13 @@ void recover(Options& options) {
     const converter::RecoveryReport report =
         converter::recover_file(recover, runtime.context, progress);
     print(fmt::format(
-        "KL divergence from dense on held-out text: {:.4f} before, {:.4f} trained, {:.4f} as "
-        "written\nactive fraction of the MLPs there: {:.3f} before, {:.3f} trained, {:.3f} as "
+        "KL divergence from dense on held-out text: {:.4f} before, {:.4f} trained, {:.4f} rounded, "
+        "{:.4f} as written\nactive fraction of the MLPs there: {:.3f} before, {:.3f} trained, "
+        "{:.3f} as "
         "written\n{} tokens in {}\n{}\n{}.report.json\n{}.report.html\n",
-        report.kl_start, report.kl_trained, report.kl_packed, report.active_start,
-        report.active_trained, report.active_packed, report.tokens, format_seconds(report.seconds),
-        options.output, options.output, options.output));
+        report.kl_start, report.kl_trained, report.kl_rounded, report.kl_packed,
+        report.active_start, report.active_trained, report.active_packed, report.tokens,
+        format_seconds(report.seconds), options.output, options.output, options.output));
   } catch (const Interrupted&) {
     throw Interrupted(fmt::format(
         "interrupted: what was trained is kept in {}.state; the same command with --resume goes "

@@ -13,6 +13,11 @@ void add_recover_options(CLI::App& cmd, converter::RecoverOptions& o) {
   group(cmd.add_option("--recover-tokens", o.tokens,
                        "Tokens to train on, several passes over the text"))
       ->check(count);
+  group(cmd.add_option("--scale-tokens", o.scale_tokens,
+                       "Tokens to train block scales on after rounding, codes fixed (0: none)"))
+      ->check(count);
+  group(cmd.add_option("--scale-rate", o.scale_rate, "Adam's learning rate of the scales"))
+      ->check(finite_between(0, 1));
   group(cmd.add_option("--recover-text", o.text, "Tokens of text to take at most"))
       ->check(integer_between(1024, std::int64_t{1} << 40));
   group(cmd.add_option("--self-tokens", o.self_tokens,

@@ -1,6 +1,8 @@
 #include "converter/recovery/pack.h"
 
 #include <algorithm>
+#include <array>
+#include <functional>
 #include <map>
 
 #include "converter/linalg.h"
@@ -10,6 +12,7 @@
 #include "converter/student.h"
 #include "engine/monitor.h"
 #include "kernels/linear.h"
+#include "kernels/quant.h"
 
 namespace moesaic::converter {
 namespace {
@@ -121,8 +124,33 @@ void pack_secret_moes(Context& ctx, Hybrid<Bfloat16>& model, const models::Check
   }
 }
 
-void pack_self_routed_layers(Context& ctx, Hybrid<Bfloat16>& model,
-                             const models::Checkpoint& hybrid, std::optional<DType> type,
+const kernels::SelfRoutedView& self_routed_of(const models::Checkpoint& hybrid,
+                                              const Converted<Bfloat16>& c) {
+  return std::get<kernels::SelfRoutedView>(mlp_of(hybrid, c));
+}
+
+// Matrices as a file holds them but for their scales, where the trainer has these.
+PackMatrix with_scales(Context& ctx, const Trainer& trainer, int layer,
+                       const kernels::SelfRoutedView& view) {
+  return [&ctx, &trainer, layer, &view](std::size_t m, Matrix w, const std::function<DMatrix()>&) {
+    const WeightView from = *std::array{&view.w_gate, &view.w_up, &view.w_down}[m];
+    const BlockScales* scales = trainer.scales(layer, m);
+    AlignedBuffer<std::byte> bytes =
+        scales ? scales->packed()
+               : AlignedBuffer<std::byte>(static_cast<std::size_t>(from.bytes()));
+    if (!scales) std::copy_n(from.data, from.bytes(), bytes.data());
+    for_each_row(ctx, w.rows, [&](std::int64_t r, int) {
+      kernels::dequantize_row(from.dtype, bytes.data() + r * from.row_bytes(),
+                              {w.row(r), static_cast<std::size_t>(w.cols)});
+    });
+    return bytes;
+  };
+}
+
+// The types of a self-routed layer and how its matrices are packed into them.
+using HowToPack = std::function<std::pair<MatrixTypes, PackMatrix>(const Converted<Bfloat16>&)>;
+
+void pack_self_routed_layers(Context& ctx, Hybrid<Bfloat16>& model, const HowToPack& how,
                              std::span<const std::int32_t> tokens, engine::Monitor& monitor,
                              PackedLayers& packed) {
   std::vector<std::size_t> layers;
@@ -135,9 +163,8 @@ void pack_self_routed_layers(Context& ctx, Hybrid<Bfloat16>& model,
   model.observe_inputs([&](std::size_t index, ConstMatrix x, std::span<const float> weight) {
     monitor.check();
     Converted<Bfloat16>& c = model.converted()[index];
-    packed[index].second =
-        pack_self_routed(ctx, *c.self_routed(),
-                         std::get<kernels::SelfRoutedView>(mlp_of(hybrid, c)), type, x, weight);
+    const auto [types, pack] = how(c);
+    packed[index].second = pack_self_routed(ctx, *c.self_routed(), types, pack, x, weight);
     model.replace(c.layer, view(packed[index].second));
     monitor.advance(++done, "");
   });
@@ -166,7 +193,29 @@ PackedLayers pack_trained(Context& ctx, Trainer& trainer, const models::Checkpoi
   for (const Converted<Bfloat16>& c : model.converted())
     packed.emplace_back(c.layer, PackedLayer());
   pack_secret_moes(ctx, model, hybrid, type, tokens, n_windows, monitor, packed);
-  pack_self_routed_layers(ctx, model, hybrid, type, tokens, monitor, packed);
+  const auto rounding = [&](const Converted<Bfloat16>& c) {
+    const MatrixTypes types = writable_types(self_routed_of(hybrid, c), type);
+    return std::pair(types, by_rounding(ctx, types));
+  };
+  pack_self_routed_layers(ctx, model, rounding, tokens, monitor, packed);
+  return packed;
+}
+
+PackedLayers pack_scaled(Context& ctx, Trainer& trainer, const models::Checkpoint& hybrid,
+                         std::int64_t n_windows, engine::Monitor& monitor) {
+  Hybrid<Bfloat16>& model = trainer.model();
+  n_windows = std::min(n_windows, trainer.n_train_windows());
+  PackedLayers packed;
+  for (const Converted<Bfloat16>& c : model.converted())
+    packed.emplace_back(c.layer, PackedLayer());
+  const auto scaling = [&](const Converted<Bfloat16>& c) {
+    const kernels::SelfRoutedView& view = self_routed_of(hybrid, c);
+    return std::pair(types_of(view), with_scales(ctx, trainer, c.layer, view));
+  };
+  pack_self_routed_layers(ctx, model, scaling, rounding_text(trainer, n_windows), monitor, packed);
+  std::erase_if(packed, [](const auto& p) {
+    return !std::holds_alternative<models::PackedSelfRouted>(p.second);
+  });
   return packed;
 }
 

@@ -18,4 +18,10 @@ PackedLayers pack_trained(Context& ctx, Trainer& trainer, const models::Checkpoi
                           std::optional<DType> type, std::int64_t n_windows,
                           engine::Monitor& monitor);
 
+/// The self-routed layers of a trainer whose scales learnt (Learns::Scales), with the codes that
+/// `hybrid` holds them in and the new scales; their thresholds and shares as pack_trained() takes
+/// them. Puts them into the trainer's model. Returns them in order.
+PackedLayers pack_scaled(Context& ctx, Trainer& trainer, const models::Checkpoint& hybrid,
+                         std::int64_t n_windows, engine::Monitor& monitor);
+
 }  // namespace moesaic::converter

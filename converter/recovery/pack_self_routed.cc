@@ -100,10 +100,26 @@ float factor_for_share(Context& ctx, Matrix v, std::span<const float> threshold,
   return std::isinf(factor) ? 1 : factor;
 }
 
+MatrixTypes types_of(const kernels::SelfRoutedView& layer) {
+  return {layer.w_gate.dtype, layer.w_up.dtype, layer.w_down.dtype};
+}
+
+MatrixTypes writable_types(const kernels::SelfRoutedView& layer, std::optional<DType> wanted) {
+  return {writable_type(layer.w_gate.dtype, wanted, layer.d_model()),
+          writable_type(layer.w_up.dtype, wanted, layer.d_model()),
+          writable_type(layer.w_down.dtype, wanted, layer.d_ff())};
+}
+
+PackMatrix by_rounding(Context& ctx, const MatrixTypes& types) {
+  return [&ctx, types](std::size_t m, Matrix w, const std::function<DMatrix()>& moments) {
+    round_inputs(ctx, w, moments(), types[m]);
+    return pack_rows(ctx, w, types[m]);
+  };
+}
+
 models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<Bfloat16>& trained,
-                                          const kernels::SelfRoutedView& before,
-                                          std::optional<DType> type, ConstMatrix x,
-                                          std::span<const float> weight) {
+                                          const MatrixTypes& types, const PackMatrix& pack,
+                                          ConstMatrix x, std::span<const float> weight) {
   const Workspace::Scope scope(ctx.workspace);
   const SelfRoutedShape& s = trained.layer.shape();
   const SelfRoutedParameters<float>& p = *trained.parameters;
@@ -113,9 +129,9 @@ models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<
   out.up_by_input = s.up_by_input;
   out.d_model = s.d_model;
   out.d_ff = s.d_ff;
-  out.gate_dtype = writable_type(before.w_gate.dtype, type, s.d_model);
-  out.up_dtype = writable_type(before.w_up.dtype, type, s.d_model);
-  out.down_dtype = writable_type(before.w_down.dtype, type, s.d_ff);
+  out.gate_dtype = types[0];
+  out.up_dtype = types[1];
+  out.down_dtype = types[2];
   out.input_share = trained.target[kInput];
   out.gate_share = trained.target[kGate];
   out.hidden_share = trained.target[kHidden];
@@ -124,15 +140,18 @@ models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<
   const float input_factor = factor_for_share(ctx, large, thresholds.input, out.input_share);
   out.input_threshold = scaled(thresholds.input, input_factor);
   keep(ctx, x, out.input_threshold.span(), large);
-  const DMatrix large_factor = weighted_factor(ctx, large, weight);
+  std::optional<DMatrix> large_factor;
+  const auto large_moments = [&] {
+    if (!large_factor) large_factor = weighted_factor(ctx, large, weight);
+    return *large_factor;
+  };
 
   AlignedBuffer<float> w_gate = copy(p.w_gate);
-  round_inputs(ctx, {w_gate.data(), s.d_ff, s.d_model}, large_factor, out.gate_dtype);
-  out.w_gate = pack_rows(ctx, matrix(std::as_const(w_gate), s.d_ff, s.d_model), out.gate_dtype);
+  out.w_gate = pack(0, {w_gate.data(), s.d_ff, s.d_model}, large_moments);
   AlignedBuffer<float> w_up = copy(p.w_up);
-  round_inputs(ctx, {w_up.data(), s.d_ff, s.d_model},
-               s.up_by_input ? large_factor : weighted_factor(ctx, x, weight), out.up_dtype);
-  out.w_up = pack_rows(ctx, matrix(std::as_const(w_up), s.d_ff, s.d_model), out.up_dtype);
+  out.w_up = pack(1, {w_up.data(), s.d_ff, s.d_model}, [&] {
+    return s.up_by_input ? large_moments() : weighted_factor(ctx, x, weight);
+  });
 
   const Matrix gate = take_matrix<float>(ctx, x.rows, s.d_ff);
   const Matrix h = take_matrix<float>(ctx, x.rows, s.d_ff);
@@ -159,9 +178,8 @@ models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<
   keep(ctx, h, out.hidden_threshold.span(), h);
 
   AlignedBuffer<float> w_down = copy(p.w_down);
-  round_inputs(ctx, {w_down.data(), s.d_model, s.d_ff}, weighted_factor(ctx, h, weight),
-               out.down_dtype);
-  out.w_down = pack_rows(ctx, matrix(std::as_const(w_down), s.d_model, s.d_ff), out.down_dtype);
+  out.w_down =
+      pack(2, {w_down.data(), s.d_model, s.d_ff}, [&] { return weighted_factor(ctx, h, weight); });
   return out;
 }
 

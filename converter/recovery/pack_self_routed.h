@@ -1,5 +1,8 @@
 #pragma once
 
+#include <array>
+#include <cstddef>
+#include <functional>
 #include <optional>
 #include <span>
 
@@ -8,16 +11,30 @@
 
 namespace moesaic::converter {
 
+/// The types of a layer's gate, up and down matrix.
+using MatrixTypes = std::array<DType, SelfRoutedParameters<float>::kTensors>;
+
+/// Packs matrix `m` (SelfRoutedParameters::kNames) and puts what the bytes hold in the place of
+/// `w`; `moments()` is the Cholesky factor of its inputs' second moments.
+using PackMatrix = std::function<AlignedBuffer<std::byte>(std::size_t m, Matrix w,
+                                                          const std::function<DMatrix()>& moments)>;
+
 /// A trained layer in the formats that it will be written in, given its inputs x [n, d_model] on
-/// text and their weights ω [n]. Gate and up rows are rounded jointly (rounding.h) in the moments
-/// of x̂ and x, rows of W_down in those of h; what is rounded first is what the next part is
-/// measured with. Each threshold vector is taken times the factor at which its share of (token,
-/// entry) pairs is the layer's target, exactly. The shares are left as the targets. A matrix keeps
-/// its type in `before` where that can be written (writable_type).
+/// text and their weights ω [n]. Gate and up are packed given the moments of x̂ and x, W_down given
+/// those of h; what is packed first is what the next part is measured with. Each threshold vector
+/// is taken times the factor at which its share of (token, entry) pairs is the layer's target,
+/// exactly. The shares are left as the targets.
 models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<Bfloat16>& layer,
-                                          const kernels::SelfRoutedView& before,
-                                          std::optional<DType> type, ConstMatrix x,
-                                          std::span<const float> weight);
+                                          const MatrixTypes& types, const PackMatrix& pack,
+                                          ConstMatrix x, std::span<const float> weight);
+
+/// Packs by rounding rows jointly (rounding.h). The context is borrowed.
+PackMatrix by_rounding(Context& ctx, const MatrixTypes& types);
+
+/// The types that the layer's matrices have; and those to write them in, `wanted` or, where they
+/// can be written, their own (writable_type).
+MatrixTypes types_of(const kernels::SelfRoutedView& layer);
+MatrixTypes writable_types(const kernels::SelfRoutedView& layer, std::optional<DType> wanted);
 
 /// What to write rows of `cols` weights in that stand in a file as `own`: `wanted` if there is one,
 /// own if it can be written, else Q8_0, else BF16. Throws InputError if `wanted` cannot hold them.

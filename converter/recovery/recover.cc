@@ -50,6 +50,7 @@ void from_note(const std::string& note, const std::filesystem::path& file, Recov
     report.seconds = json.at("seconds");
     report.kl_start = json.at("kl_start");
     report.active_start = json.at("active_start");
+    report.curve.clear();
     const Json& sums = json.at("running");
     running = {sums.at(0), sums.at(1), sums.at(2)};
     for (const auto& p : json.at("curve")) {
@@ -74,9 +75,21 @@ std::string breakdown(Trainer& trainer, double seconds) {
       share(seconds - known));
 }
 
-// The training itself, from where it stands to its end.
-void train(Trainer& trainer, const RecoverOptions& options, const std::filesystem::path& state,
-           RecoveryReport& report, Running running, engine::Monitor& monitor) {
+// One training from where its file stands to its end. report.tokens: those of the one before.
+void train(Trainer& trainer, const RecoverOptions& options, std::string_view stage,
+           const std::filesystem::path& state, RecoveryReport& report, engine::Monitor& monitor) {
+  Running running;
+  if (std::filesystem::exists(state)) {
+    from_note(trainer.load(state), state, report, running);
+    monitor.line(fmt::format("{} goes on after step {} of {}", stage, trainer.step_index(),
+                             trainer.n_steps()));
+  } else if (report.tokens == 0) {
+    const Judgement start = trainer.judge();
+    report.kl_start = start.kl;
+    report.active_start = start.active;
+    monitor.line(fmt::format("before recovery: KL {:.4f} on held-out text at {:.3f} active",
+                             start.kl, start.active));
+  }
   const Clock::time_point start = Clock::now();
   Clock::time_point saved = start;
   const double seconds_before = report.seconds;
@@ -92,7 +105,7 @@ void train(Trainer& trainer, const RecoverOptions& options, const std::filesyste
     trainer.save(state, to_note(report, running));
     saved = Clock::now();
   };
-  monitor.stage("recover", trainer.n_steps());
+  monitor.stage(stage, trainer.n_steps());
   while (!trainer.done()) {
     if (monitor.cancelled()) {
       save();
@@ -110,7 +123,7 @@ void train(Trainer& trainer, const RecoverOptions& options, const std::filesyste
     if (step % options.judge_every == 0 || trainer.done()) {
       const auto n = static_cast<double>(running.n);
       const Judgement judgement = trainer.judge();
-      const RecoveryReport::Point point{.tokens = step * options.batch,
+      const RecoveryReport::Point point{.tokens = report.tokens + step * options.batch,
                                         .kl = running.kl / n,
                                         .auxiliary = running.auxiliary / n,
                                         .held_out = judgement.kl,
@@ -125,6 +138,7 @@ void train(Trainer& trainer, const RecoverOptions& options, const std::filesyste
     }
     if (since(saved) > options.save_seconds || trainer.done()) save();
   }
+  report.tokens += trainer.n_steps() * options.batch;
   report.seconds = seconds_before + since(start);
   if (trainer.step_index() > first_step) monitor.line(breakdown(trainer, since(start)));
 }
@@ -135,9 +149,24 @@ void check_types(const models::Checkpoint& hybrid, std::optional<DType> type) {
     if (const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
       writable_type(moe->experts.dtype, type, moe->d_model());
     } else if (const auto* routed = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
-      writable_type(routed->w_gate.dtype, type, routed->d_model());
-      writable_type(routed->w_down.dtype, type, routed->d_ff());
+      writable_types(*routed, type);
     }
+  }
+}
+
+bool has_scales(const models::Checkpoint& hybrid) {
+  return std::any_of(hybrid.layers.begin(), hybrid.layers.end(), [](const auto& layer) {
+    const auto* routed = std::get_if<kernels::SelfRoutedView>(&layer.mlp);
+    if (routed == nullptr) return false;
+    const MatrixTypes types = types_of(*routed);
+    return std::any_of(types.begin(), types.end(), BlockScales::can_tune);
+  });
+}
+
+// Takes layers in the place of the hybrid's own.
+void put(models::Checkpoint& hybrid, const PackedLayers& layers) {
+  for (const auto& [layer, packed] : layers) {
+    hybrid.layers[static_cast<std::size_t>(layer)].mlp = view(packed);
   }
 }
 
@@ -171,44 +200,61 @@ void set_shares(const models::GgufFile& hybrid, const Recovered& recovered,
 Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
                   std::shared_ptr<const models::Checkpoint> hybrid,
                   std::span<const std::int32_t> tokens, const RecoverOptions& options,
-                  const std::filesystem::path& state, Context& ctx, engine::Monitor& monitor) {
+                  const RecoveryFiles& state, Context& ctx, engine::Monitor& monitor) {
   check_types(*hybrid, options.expert_type);
   Recovered out;
   RecoveryReport& report = out.report;
-  Trainer trainer(dense, *hybrid, ctx, tokens, options);
-  Running running;
-  if (std::filesystem::exists(state)) {
-    from_note(trainer.load(state), state, report, running);
-    monitor.line(fmt::format("recovery goes on after step {} of {}", trainer.step_index(),
-                             trainer.n_steps()));
-  } else {
-    const Judgement start = trainer.judge();
-    report.kl_start = start.kl;
-    report.active_start = start.active;
-    monitor.line(fmt::format("before recovery: KL {:.4f} on held-out text at {:.3f} active",
-                             start.kl, start.active));
+  models::Checkpoint written = *hybrid;  // its views go over to what is packed
+  if (options.tokens > 0) {
+    Trainer trainer(dense, *hybrid, ctx, tokens, options);
+    train(trainer, options, "recover", state.weights, report, monitor);
+    const Clock::time_point start = Clock::now();
+    const Judgement trained = trainer.judge();
+    report.kl_trained = trained.kl;
+    report.active_trained = trained.active;
+    out.layers = pack_trained(ctx, trainer, *hybrid, options.expert_type,
+                              kRoundingTokens / options.n_ctx, monitor);
+    put(written, out.layers);
+    const Judgement rounded = trainer.judge();
+    report.kl_rounded = report.kl_packed = rounded.kl;
+    report.active_packed = rounded.active;
+    report.seconds += since(start);
+    monitor.line(
+        fmt::format("trained: KL {:.4f} on held-out text at {:.3f} active, {:.4f} at "
+                    "{:.3f} rounded",
+                    trained.kl, trained.active, rounded.kl, rounded.active));
   }
-  train(trainer, options, state, report, running, monitor);
-  const Clock::time_point start = Clock::now();
-  report.tokens = trainer.n_steps() * options.batch;
-  const Judgement trained = trainer.judge();
-  report.kl_trained = trained.kl;
-  report.active_trained = trained.active;
-  out.layers = pack_trained(ctx, trainer, *hybrid, options.expert_type,
-                            kRoundingTokens / options.n_ctx, monitor);
-  models::Checkpoint written = *hybrid;
-  for (const auto& [layer, packed] : out.layers) {
-    written.layers[static_cast<std::size_t>(layer)].mlp = view(packed);
+  if (options.scale_tokens > 0 && has_scales(written)) {
+    Trainer trainer(dense, written, ctx, tokens, options, Learns::Scales);
+    train(trainer, options, "tune scales", state.scales, report, monitor);
+    const Clock::time_point start = Clock::now();
+    if (options.tokens == 0) {
+      const Judgement trained = trainer.judge();
+      report.kl_trained = trained.kl;
+      report.kl_rounded = report.kl_start;
+      report.active_trained = trained.active;
+    }
+    PackedLayers scaled =
+        pack_scaled(ctx, trainer, written, kRoundingTokens / options.n_ctx, monitor);
+    put(written, scaled);
+    const Judgement packed = trainer.judge();
+    report.kl_packed = packed.kl;
+    report.active_packed = packed.active;
+    for (auto& [layer, own] : scaled) {
+      const auto before = std::find_if(out.layers.begin(), out.layers.end(),
+                                       [&](const auto& l) { return l.first == layer; });
+      if (before == out.layers.end()) {
+        out.layers.emplace_back(layer, std::move(own));
+      } else {
+        before->second = std::move(own);
+      }
+    }
+    report.seconds += since(start);
   }
   out.active_fraction = written.active_fraction();
-  const Judgement packed = trainer.judge();
-  report.kl_packed = packed.kl;
-  report.active_packed = packed.active;
-  report.seconds += since(start);
   monitor.line(
-      fmt::format("after recovery: KL {:.4f} on held-out text at {:.3f} active, {:.4f} at {:.3f} "
-                  "as written",
-                  trained.kl, trained.active, packed.kl, packed.active));
+      fmt::format("after recovery: KL {:.4f} on held-out text at {:.3f} active, as written",
+                  report.kl_packed, report.active_packed));
   return out;
 }
 

@@ -25,11 +25,17 @@ struct RecoveryReport {
   };
   std::int64_t tokens = 0;
   double seconds = 0;  // of all runs
-  // Held-out text: before, after in float32, after in the formats of the file. KL divergence in
-  // nats a token; multiply-adds of the MLPs over the dense ones', mean over layers.
-  double kl_start = 0, kl_trained = 0, kl_packed = 0;
+  // Held-out text: before, after in float32, rounded to the formats of the file, and as written,
+  // scales tuned. KL divergence in nats a token; multiply-adds of the MLPs over the dense ones',
+  // mean over layers.
+  double kl_start = 0, kl_trained = 0, kl_rounded = 0, kl_packed = 0;
   double active_start = 0, active_trained = 0, active_packed = 0;
   std::vector<Point> curve;
+};
+
+/// Where the trainings of a recovery are saved.
+struct RecoveryFiles {
+  std::filesystem::path weights, scales;
 };
 
 struct Recovered {
@@ -41,13 +47,15 @@ struct Recovered {
 /// Step 7 of DESIGN.md section 2: trains a hybrid's converted layers (experts, shared neurons,
 /// bypass, bias and routers; the matrices of self-routed ones, whose thresholds follow so that
 /// their shares stay) on the KL divergence from the dense model over windows of `tokens`, then
-/// rounds what was trained to the file's formats (pack.h). The training is saved in `state` every
-/// few minutes and when the user interrupts; if the file is there already, it goes on from there,
-/// bit for bit. Throws Interrupted (state kept), InputError, Error (NaN), IoError.
+/// rounds what was trained to the file's formats (pack.h), then, codes fixed, trains the scales of
+/// self-routed layers' blocks (block_scales.h), so that what rounding lost comes back. Either
+/// training may be left out. They are saved in the two files of `state` every few minutes and when
+/// the user interrupts; where a file is there already, its training goes on from there, bit for
+/// bit. Throws Interrupted (state kept), InputError, Error (NaN), IoError.
 Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
                   std::shared_ptr<const models::Checkpoint> hybrid,
                   std::span<const std::int32_t> tokens, const RecoverOptions& options,
-                  const std::filesystem::path& state, Context& ctx, engine::Monitor& monitor);
+                  const RecoveryFiles& state, Context& ctx, engine::Monitor& monitor);
 
 /// Writes the hybrid again with the recovered layers in the places of its own, and
 /// moesaic.recovery.{tokens (u64), kl_start, kl_end (f32)}; with self-routed layers their shares

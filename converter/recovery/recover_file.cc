@@ -27,6 +27,8 @@ void check_pair(const models::Checkpoint& dense, const models::Checkpoint& hybri
 
 std::string options_json(const RecoverOptions& o) {
   return Json{{"tokens", o.tokens},
+              {"scale_tokens", o.scale_tokens},
+              {"scale_rate", o.scale_rate},
               {"text", o.text},
               {"self_tokens", o.self_tokens},
               {"batch", o.batch},
@@ -65,6 +67,7 @@ std::string recovery_json(const RecoveryReport& report) {
               {"seconds", report.seconds},
               {"kl_start", report.kl_start},
               {"kl_trained", report.kl_trained},
+              {"kl_rounded", report.kl_rounded},
               {"kl_packed", report.kl_packed},
               {"active_start", report.active_start},
               {"active_trained", report.active_trained},
@@ -119,8 +122,8 @@ RecoveryReport recover_file(const RecoverFileOptions& options, Context& ctx,
                            static_cast<double>(recovery_bytes(
                                *hybrid, recovery, static_cast<std::int64_t>(tokens.size()))) /
                                1e9));
-  const Recovered recovered =
-      recover(dense, hybrid, tokens, recovery, state.training_path(), ctx, monitor);
+  const Recovered recovered = recover(dense, hybrid, tokens, recovery,
+                                      {state.training_path(), state.scales_path()}, ctx, monitor);
   write_recovered(*hybrid->file, recovered, options.output);
   const Json report = {{"dense", options.dense.string()},
                        {"hybrid", options.hybrid.string()},

@@ -40,8 +40,10 @@ RecoverOptions checked(RecoverOptions o) {
 }  // namespace
 
 Trainer::Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::Checkpoint& hybrid,
-                 Context& ctx, std::span<const std::int32_t> tokens, const RecoverOptions& options)
+                 Context& ctx, std::span<const std::int32_t> tokens, const RecoverOptions& options,
+                 Learns learns)
     : options_(checked(options)),
+      learns_(learns),
       ctx_{ctx.pool, ctx.workspace, ctx.tally, Activations::BF16},
       tokens_(tokens),
       teacher_(std::move(dense), ctx_, tokens, options.n_ctx),
@@ -63,9 +65,10 @@ Trainer::Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::
     } else {
       c.self_routed()->straight_through = options_.straight_through_inputs;
     }
-    for (const TrainedTensor<float>& t : c.tensors()) {
-      const double rate = t.router ? options_.router_rate : options_.rate;
-      tensors_.push_back({c.layer, t.name, t.router, AdamTensor(t.value, t.gradient, rate, unit)});
+    if (learns == Learns::Weights) {
+      add_weights(c, unit);
+    } else {
+      add_scales(c, hybrid.layers[static_cast<std::size_t>(c.layer)].mlp, unit);
     }
   }
   if (options_.refit_every > 0) {
@@ -75,6 +78,51 @@ Trainer::Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::
           moments_.at(index).add(ctx_, std::exp(-1 / options_.refit_memory), x, c, weight);
         });
   }
+}
+
+void Trainer::add_weights(Converted<Bfloat16>& layer, AdamUnit unit) {
+  for (const TrainedTensor<float>& t : layer.tensors()) {
+    const double rate = t.router ? options_.router_rate : options_.rate;
+    tensors_.push_back(
+        {layer.layer, t.name, t.router, AdamTensor(t.value, t.gradient, rate, unit)});
+  }
+}
+
+void Trainer::add_scales(Converted<Bfloat16>& layer, const models::Mlp& mlp, AdamUnit unit) {
+  if (layer.self_routed() == nullptr) return;
+  const auto& view = std::get<kernels::SelfRoutedView>(mlp);
+  const std::array<const WeightView*, 3> matrices = {&view.w_gate, &view.w_up, &view.w_down};
+  const auto tensors = layer.tensors();
+  for (std::size_t m = 0; m < matrices.size(); ++m) {
+    const WeightView& w = *matrices[m];
+    if (!BlockScales::can_tune(w.dtype)) continue;
+    auto scales = std::make_unique<BlockScales>(w);
+    const std::string name = tensors[m].name;
+    const auto add = [&](const char* what, std::span<float> value, std::span<float> gradient) {
+      if (value.empty()) return;
+      tensors_.push_back({layer.layer, name + what, false,
+                          AdamTensor(value, gradient, options_.scale_rate, unit)});
+    };
+    add(".scale", scales->scale(), scales->scale_gradient());
+    add(".offset", scales->offset(), scales->offset_gradient());
+    scaled_.push_back({layer.layer, m, Matrix(tensors[m].value.data(), w.rows, w.cols),
+                       Matrix(tensors[m].gradient.data(), w.rows, w.cols), std::move(scales)});
+  }
+}
+
+const BlockScales* Trainer::scales(int layer, std::size_t matrix) const {
+  for (const Scaled& s : scaled_) {
+    if (s.layer == layer && s.matrix == matrix) return s.scales.get();
+  }
+  return nullptr;
+}
+
+void Trainer::gather_scales() {
+  for (Scaled& s : scaled_) s.scales->gather(ctx_, s.gradient);
+}
+
+void Trainer::scatter_scales() {
+  for (Scaled& s : scaled_) s.scales->scatter(ctx_, s.value);
 }
 
 std::span<const std::int32_t> Trainer::window(std::int64_t index) const {
@@ -110,7 +158,15 @@ void Trainer::measure_router_scale() {
   for (auto& c : model_.converted()) {
     if (auto* moe = c.moe()) moe->router.scale = std::max(1e-30, moe->auxiliary);
   }
-  for (Trained& t : tensors_) std::fill(t.adam.gradient().begin(), t.adam.gradient().end(), 0.0F);
+  clear_gradients();
+}
+
+void Trainer::clear_gradients() {
+  for (auto& c : model_.converted()) {
+    for (const TrainedTensor<float>& t : c.tensors()) {
+      std::fill(t.gradient.begin(), t.gradient.end(), 0.0F);
+    }
+  }
 }
 
 double Trainer::gradient_norm(bool routers) {
@@ -195,6 +251,7 @@ StepResult Trainer::step() {
     result.auxiliary += losses.auxiliary;
   }
   const auto start = std::chrono::steady_clock::now();
+  gather_scales();
   result.kl /= static_cast<double>(options_.batch);
   require<Error>(std::isfinite(result.kl), "recovery: step {}: the loss is NaN or infinite",
                  step_ + 1);
@@ -207,8 +264,9 @@ StepResult Trainer::step() {
   const double schedule = cosine_schedule(step_, n_steps(), warm_up);
   for (Trained& t : tensors_) {
     t.adam.step(ctx_, schedule, t.router ? 1 : scale);
-    std::fill(t.adam.gradient().begin(), t.adam.gradient().end(), 0.0F);
   }
+  clear_gradients();
+  scatter_scales();
   follow_shares();
   ++step_;
   const bool last = step_ == n_steps();
@@ -292,6 +350,7 @@ std::string Trainer::load(const std::filesystem::path& path) {
     }
   }
   step_ = step;
+  scatter_scales();
   model_.refresh();
   return file->get_string(kKeyNote);
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "converter/adam.h"
+#include "converter/recovery/block_scales.h"
 #include "converter/recovery/hybrid.h"
 #include "converter/recovery/options.h"
 #include "converter/recovery/router_refit.h"
@@ -35,14 +36,18 @@ class Trainer {
  public:
   /// `tokens` [n_windows · n_ctx] borrowed; the last options.held_out tokens' windows (a quarter of
   /// all at most, one at least) are never trained on. Throws InputError if there are fewer windows
-  /// than two, or sizes that do not fit each other.
+  /// than two, or sizes that do not fit each other. With Learns::Scales `hybrid` keeps its codes,
+  /// and trains on options.scale_tokens at options.scale_rate.
   Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::Checkpoint& hybrid,
-          Context& ctx, std::span<const std::int32_t> tokens, const RecoverOptions& options);
+          Context& ctx, std::span<const std::int32_t> tokens, const RecoverOptions& options,
+          Learns learns = Learns::Weights);
 
   Trainer(const Trainer&) = delete;
   Trainer& operator=(const Trainer&) = delete;
 
-  std::int64_t n_steps() const { return options_.tokens / options_.batch; }
+  std::int64_t n_steps() const {
+    return (learns_ == Learns::Scales ? options_.scale_tokens : options_.tokens) / options_.batch;
+  }
   std::int64_t step_index() const { return step_; }
   bool done() const { return step_ >= n_steps(); }
 
@@ -63,9 +68,17 @@ class Trainer {
   std::int64_t n_train_windows() const { return n_train_; }
   std::span<const std::int32_t> window(std::int64_t index) const;
   double optimizer_seconds() const { return optimizer_seconds_; }
+  /// The scales that learn of that matrix of a layer, or null; matrices by
+  /// SelfRoutedParameters::kNames.
+  const BlockScales* scales(int layer, std::size_t matrix) const;
 
  private:
+  void add_weights(Converted<Bfloat16>& layer, AdamUnit unit);
+  void add_scales(Converted<Bfloat16>& layer, const models::Mlp& mlp, AdamUnit unit);
   void follow_shares();
+  void clear_gradients();
+  void gather_scales();
+  void scatter_scales();
   std::vector<std::int64_t> windows_of_step(std::int64_t step) const;
   void measure_router_scale();
   double gradient_norm(bool routers);
@@ -77,6 +90,7 @@ class Trainer {
   std::vector<Named> state();
 
   RecoverOptions options_;
+  Learns learns_;
   Context ctx_;
   std::span<const std::int32_t> tokens_;
   Teacher teacher_;
@@ -84,11 +98,18 @@ class Trainer {
   std::int64_t n_windows_, n_train_;
   struct Trained {
     int layer;
-    const char* name;
+    std::string name;
     bool router;
     AdamTensor adam;
   };
-  std::vector<Trained> tensors_;  // Converted::tensors() of each converted layer, in order
+  std::vector<Trained> tensors_;  // of each converted layer, in order
+  struct Scaled {
+    int layer;
+    std::size_t matrix;
+    Matrix value, gradient;
+    std::unique_ptr<BlockScales> scales;
+  };
+  std::vector<Scaled> scaled_;                    // with Learns::Scales
   std::map<std::size_t, RouterMoments> moments_;  // by index of the layer, if routers are refitted
   std::int64_t step_ = 0;
   double optimizer_seconds_ = 0;

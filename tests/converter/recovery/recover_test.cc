@@ -45,9 +45,11 @@ class RecoverSelfRouted : public testing::TestWithParam<WriteCase> {
     o.expert_type = GetParam().type;
     return o;
   }
+  RecoveryFiles files() const {
+    return {folder_.path / "training.gguf", folder_.path / "scales.gguf"};
+  }
   Recovered recovered() {
-    return recover(dense_.load(), hybrid_.load(), tokens_, options(), folder_.path / "state.gguf",
-                   lent_.ctx, monitor_);
+    return recover(dense_.load(), hybrid_.load(), tokens_, options(), files(), lent_.ctx, monitor_);
   }
 
   TinyModel dense_{{.n_layers = 3, .tied = false}};
@@ -117,6 +119,119 @@ INSTANTIATE_TEST_SUITE_P(Types, RecoverSelfRouted,
                                          WriteCase{"InputQ5", true, DType::Q5_1}),
                          [](const auto& info) { return std::string(info.param.name); });
 
+// A model whose rows hold whole blocks, coarse ones.
+class RecoverScales : public testing::Test {
+ protected:
+  RecoverScales() {
+    options_.batch = 64;
+    options_.part = 32;
+    options_.n_ctx = 16;
+    options_.held_out = 64;
+    options_.rate = 2e-2;
+    options_.scale_rate = 5e-3;
+    options_.judge_every = 10;
+    options_.expert_type = DType::Q4_1;
+  }
+  RecoveryFiles files() const {
+    return {folder_.path / "training.gguf", folder_.path / "scales.gguf"};
+  }
+  Recovered recovered(const models::Checkpoint* from = nullptr) {
+    auto hybrid = from ? std::make_shared<models::Checkpoint>(*from) : hybrid_.load();
+    return recover(dense_.load(), hybrid, tokens_, options_, files(), lent_.ctx, monitor_);
+  }
+  std::shared_ptr<const models::Checkpoint> written(const Recovered& done, const char* name) {
+    write_recovered(*hybrid_.load()->file, done, folder_.path / name);
+    return models::Checkpoint::load(folder_.path / name);
+  }
+  TinyModel dense_{{.n_layers = 3, .tied = false}};
+  TinyModel hybrid_{{.n_layers = 3, .tied = false}, [](TinyModel& m) {
+                      self_route({0, 2}, false, 3)(m);
+                      replace_up(m, {0, 2});
+                    }};
+  Lent lent_;
+  Silent monitor_;
+  ScratchFolder folder_;
+  std::vector<std::int32_t> tokens_ = models::random_ids(64 * 16);
+  RecoverOptions options_;
+};
+
+TEST_F(RecoverScales, WinBackWhatRoundingLost) {
+  options_.tokens = 64 * 30;
+  options_.scale_tokens = 64 * 60;
+  const Recovered done = recovered();
+  EXPECT_EQ(done.report.tokens, 64 * 90);
+  ASSERT_EQ(done.report.curve.size(), 9U);
+  EXPECT_EQ(done.report.curve[3].tokens, 64 * 40);
+  EXPECT_GT(done.report.kl_rounded, done.report.kl_trained);
+  EXPECT_LT(done.report.kl_packed, done.report.kl_rounded);
+  // The file holds what was judged.
+  const auto file = written(done, "out.gguf");
+  EXPECT_NEAR(file->file->get_float("moesaic.recovery.kl_end"), done.report.kl_packed, 1e-6);
+  RecoverOptions judge = options_;
+  Trainer trainer(dense_.load(), *file, lent_.ctx, tokens_, judge);
+  EXPECT_NEAR(trainer.judge().kl, done.report.kl_packed, 1e-9);
+}
+
+// Of a file that is there, without training its weights: codes stay, bit for bit.
+TEST_F(RecoverScales, LeavesTheCodesOfAFile) {
+  options_.tokens = 64;
+  options_.rate = 0;
+  const auto before = written(recovered(), "before.gguf");
+  options_.tokens = 0;
+  options_.scale_tokens = 64 * 20;
+  const Recovered done = recovered(before.get());
+  EXPECT_LT(done.report.kl_packed, done.report.kl_start);
+  EXPECT_EQ(done.report.kl_rounded, done.report.kl_start);
+  ASSERT_EQ(done.layers.size(), 2U);
+  for (const auto& [layer, packed] : done.layers) {
+    const auto& own = std::get<models::PackedSelfRouted>(packed);
+    const auto was = std::get<kernels::SelfRoutedView>(
+        before->layers[static_cast<std::size_t>(layer)].mlp);
+    ASSERT_EQ(own.up_dtype, DType::Q4_1);
+    bool scales_differ = false;
+    for (std::int64_t b = 0; b < was.w_up.bytes() / 20; ++b) {
+      const std::byte* x = own.w_up.data() + b * 20;
+      const std::byte* y = was.w_up.data + b * 20;
+      EXPECT_EQ(std::memcmp(x + 4, y + 4, 16), 0) << "block " << b;
+      scales_differ |= std::memcmp(x, y, 4) != 0;
+    }
+    EXPECT_TRUE(scales_differ);
+  }
+}
+
+// A monitor that interrupts after so many steps of a stage.
+class Interrupting : public Silent {
+ public:
+  Interrupting(std::string stage, std::int64_t steps) : stage_(std::move(stage)), steps_(steps) {}
+  void stage(std::string_view name, std::int64_t) override { here_ = name == stage_; }
+  void advance(std::int64_t done, std::string_view) override { cut_ |= here_ && done == steps_; }
+  bool cancelled() const override { return cut_; }
+
+ private:
+  std::string stage_;
+  std::int64_t steps_;
+  bool here_ = false, cut_ = false;
+};
+
+TEST_F(RecoverScales, CutInEitherTrainingGoesOnBitForBit) {
+  options_.tokens = 64 * 6;
+  options_.scale_tokens = 64 * 6;
+  const auto whole = written(recovered(), "whole.gguf");
+  for (const char* stage : {"recover", "tune scales"}) {
+    std::filesystem::remove(files().weights);
+    std::filesystem::remove(files().scales);
+    Interrupting cut(stage, 3);
+    EXPECT_THROW(recover(dense_.load(), hybrid_.load(), tokens_, options_, files(), lent_.ctx, cut),
+                 Interrupted);
+    const auto resumed = written(recovered(), "resumed.gguf");
+    for (const models::GgufTensor& t : whole->file->tensors()) {
+      const models::GgufTensor* other = resumed->file->find_tensor(t.name);
+      ASSERT_NE(other, nullptr);
+      EXPECT_EQ(std::memcmp(t.data, other->data, t.bytes), 0) << stage << ": " << t.name;
+    }
+  }
+}
+
 TEST(RecoverTypes, RefusesBeforeTheTraining) {
   const TinyModel dense({.tied = false});
   const TinyModel hybrid({.tied = false}, self_route({0, 1}, false, 2));
@@ -129,7 +244,7 @@ TEST(RecoverTypes, RefusesBeforeTheTraining) {
   o.batch = o.part = o.n_ctx = 16;
   o.expert_type = DType::Q4_K;  // read only, and no block fits 64 columns
   EXPECT_THROW(
-      recover(dense.load(), hybrid.load(), tokens, o, folder.path / "s", lent.ctx, monitor),
+      recover(dense.load(), hybrid.load(), tokens, o, {folder.path / "w", folder.path / "s"}, lent.ctx, monitor),
       InputError);
   EXPECT_TRUE(monitor.lines.empty());
 }
