@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 
+#include "converter/linalg.h"
 #include "converter/recovery/converted.h"
 #include "models/self_routed_file.h"
 

@@ -202,6 +202,15 @@ Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
                   std::span<const std::int32_t> tokens, const RecoverOptions& options,
                   const RecoveryFiles& state, Context& ctx, engine::Monitor& monitor) {
   check_types(*hybrid, options.expert_type);
+  for (const std::int64_t n : {options.tokens, options.scale_tokens}) {
+    require<InputError>(n == 0 || n >= options.batch,
+                        "recovery: {} tokens to train on, expected {}, one step's, or more", n,
+                        options.batch);
+  }
+  const bool tunes = options.scale_tokens > 0 && (options.tokens > 0 || has_scales(*hybrid));
+  require<InputError>(options.tokens > 0 || tunes,
+                      "recovery: neither weights nor scales to train, of which only self-routed "
+                      "layers in Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 have any");
   Recovered out;
   RecoveryReport& report = out.report;
   models::Checkpoint written = *hybrid;  // its views go over to what is packed
@@ -224,7 +233,7 @@ Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
                     "{:.3f} rounded",
                     trained.kl, trained.active, rounded.kl, rounded.active));
   }
-  if (options.scale_tokens > 0 && has_scales(written)) {
+  if (tunes && has_scales(written)) {
     Trainer trainer(dense, written, ctx, tokens, options, Learns::Scales);
     train(trainer, options, "tune scales", state.scales, report, monitor);
     const Clock::time_point start = Clock::now();

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "converter/recovery/hybrid.h"
+#include "converter/recovery/trainer.h"
 #include "kernels/base/error.h"
 #include "kernels/quant.h"
 #include "tests/converter/recovery/gradient_check.h"
@@ -40,6 +41,7 @@ class RecoverSelfRouted : public testing::TestWithParam<WriteCase> {
     o.part = 32;
     o.n_ctx = 16;
     o.held_out = 64;
+    o.scale_tokens = 0;
     o.rate = 2e-2;
     o.judge_every = 10;
     o.expert_type = GetParam().type;
@@ -155,14 +157,13 @@ class RecoverScales : public testing::Test {
   RecoverOptions options_;
 };
 
-TEST_F(RecoverScales, WinBackWhatRoundingLost) {
-  options_.tokens = 64 * 30;
-  options_.scale_tokens = 64 * 60;
+TEST_F(RecoverScales, LowerTheDivergenceAfterRounding) {
+  options_.tokens = 64 * 10;
+  options_.scale_tokens = 64 * 30;
   const Recovered done = recovered();
-  EXPECT_EQ(done.report.tokens, 64 * 90);
-  ASSERT_EQ(done.report.curve.size(), 9U);
-  EXPECT_EQ(done.report.curve[3].tokens, 64 * 40);
-  EXPECT_GT(done.report.kl_rounded, done.report.kl_trained);
+  EXPECT_EQ(done.report.tokens, 64 * 40);
+  ASSERT_EQ(done.report.curve.size(), 4U);
+  EXPECT_EQ(done.report.curve[1].tokens, 64 * 20);
   EXPECT_LT(done.report.kl_packed, done.report.kl_rounded);
   // The file holds what was judged.
   const auto file = written(done, "out.gguf");
@@ -175,6 +176,7 @@ TEST_F(RecoverScales, WinBackWhatRoundingLost) {
 // Of a file that is there, without training its weights: codes stay, bit for bit.
 TEST_F(RecoverScales, LeavesTheCodesOfAFile) {
   options_.tokens = 64;
+  options_.scale_tokens = 0;
   options_.rate = 0;
   const auto before = written(recovered(), "before.gguf");
   options_.tokens = 0;
@@ -185,8 +187,8 @@ TEST_F(RecoverScales, LeavesTheCodesOfAFile) {
   ASSERT_EQ(done.layers.size(), 2U);
   for (const auto& [layer, packed] : done.layers) {
     const auto& own = std::get<models::PackedSelfRouted>(packed);
-    const auto was = std::get<kernels::SelfRoutedView>(
-        before->layers[static_cast<std::size_t>(layer)].mlp);
+    const auto was =
+        std::get<kernels::SelfRoutedView>(before->layers[static_cast<std::size_t>(layer)].mlp);
     ASSERT_EQ(own.up_dtype, DType::Q4_1);
     bool scales_differ = false;
     for (std::int64_t b = 0; b < was.w_up.bytes() / 20; ++b) {
@@ -232,6 +234,19 @@ TEST_F(RecoverScales, CutInEitherTrainingGoesOnBitForBit) {
   }
 }
 
+TEST_F(RecoverScales, RefusesWhatTrainsNothing) {
+  const auto expect_refusal = [&](std::int64_t tokens, std::int64_t scale_tokens) {
+    options_.tokens = tokens;
+    options_.scale_tokens = scale_tokens;
+    EXPECT_THROW(recovered(), InputError) << tokens << ", " << scale_tokens;
+  };
+  expect_refusal(0, 0);
+  expect_refusal(0, 64);  // the hybrid is in F32
+  expect_refusal(63, 0);
+  expect_refusal(64, 63);
+  EXPECT_TRUE(monitor_.lines.empty());
+}
+
 TEST(RecoverTypes, RefusesBeforeTheTraining) {
   const TinyModel dense({.tied = false});
   const TinyModel hybrid({.tied = false}, self_route({0, 1}, false, 2));
@@ -243,9 +258,9 @@ TEST(RecoverTypes, RefusesBeforeTheTraining) {
   o.tokens = 16;
   o.batch = o.part = o.n_ctx = 16;
   o.expert_type = DType::Q4_K;  // read only, and no block fits 64 columns
-  EXPECT_THROW(
-      recover(dense.load(), hybrid.load(), tokens, o, {folder.path / "w", folder.path / "s"}, lent.ctx, monitor),
-      InputError);
+  EXPECT_THROW(recover(dense.load(), hybrid.load(), tokens, o,
+                       {folder.path / "w", folder.path / "s"}, lent.ctx, monitor),
+               InputError);
   EXPECT_TRUE(monitor.lines.empty());
 }
 
