@@ -8,6 +8,7 @@
 #include "converter/recovery/moe.h"
 #include "converter/recovery/norm.h"
 #include "converter/recovery/rotary.h"
+#include "converter/recovery/self_routed.h"
 #include "tests/converter/recovery/gradient_check.h"
 
 namespace moesaic::converter {
@@ -114,6 +115,38 @@ TEST(RecoveryCases, SecretMoe) {
     expect_equal(y, c["y"], "y");
     expect_equal(dx, c["dx"], "dx");
     EXPECT_NEAR(auxiliary, c["auxiliary"].get<double>(), 1e-11);
+    const auto gradients = gradient.tensors();
+    for (std::size_t i = 0; i < gradients.size(); ++i) {
+      SCOPED_TRACE(testing::Message() << "tensor " << i);
+      expect_equal(gradients[i], c["gradients"][i], "gradient");
+    }
+  }
+}
+
+TEST(RecoveryCases, SelfRouted) {
+  Lent lent;
+  for (const json& c : cases()["self_routed"]) {
+    const std::int64_t n = c["n"];
+    const SelfRoutedShape shape{
+        c["gelu"].get<bool>() ? kernels::Activation::GeluTanh : kernels::Activation::Silu,
+        c["by_input"], c["d_model"], c["d_ff"]};
+    SelfRoutedParameters<double> parameters(shape), gradient(shape);
+    const auto tensors = parameters.tensors();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      const Values values = c["parameters"][i];
+      ASSERT_EQ(values.size(), tensors[i].size());
+      std::copy(values.begin(), values.end(), tensors[i].begin());
+    }
+    SelfRoutedLayer<Float64> layer(
+        shape, parameters, {c["input_threshold"], c["gate_threshold"], c["hidden_threshold"]});
+    layer.refresh(lent.ctx);
+    const Values x = c["x"], dy = c["dy"];
+    Values y(x.size()), dx(x.size());
+    SelfRoutedTape<Float64> tape;
+    layer.forward(lent.ctx, matrix(x, n), tape, matrix(y, n));
+    layer.backward(lent.ctx, c["straight_through"], matrix(dy, n), tape, gradient, matrix(dx, n));
+    expect_equal(y, c["y"], "y");
+    expect_equal(dx, c["dx"], "dx");
     const auto gradients = gradient.tensors();
     for (std::size_t i = 0; i < gradients.size(); ++i) {
       SCOPED_TRACE(testing::Message() << "tensor " << i);

@@ -97,6 +97,33 @@ def moe_case(gelu):
     return case
 
 
+def self_routed_case(gelu, by_input, straight_through):
+    n, d_model, d_ff = 6, 8, 14
+    phi = (lambda x: torch.nn.functional.gelu(x, approximate="tanh")) if gelu else torch.nn.functional.silu
+    shapes = [(d_ff, d_model), (d_ff, d_model), (d_model, d_ff)]
+    p = [random(*s, scale=0.5, grad=True) for s in shapes]
+    x, dy = random(n, d_model, grad=True), random(n, d_model)
+    t_input = torch.rand(d_model)
+    keep = lambda v, t: v * (v.detach().abs() >= t)
+    large = keep(x, t_input)
+    if straight_through:
+        large = x + (large - x).detach()
+    a = phi(large @ p[0].T)
+    t_gate = torch.zeros(0) if by_input else a.detach().abs().median(0).values * 0.9
+    routed = a if by_input else keep(a, t_gate)
+    h = routed * ((large if by_input else x) @ p[1].T)
+    t_hidden = h.detach().abs().median(0).values * 0.9
+    y = keep(h, t_hidden) @ p[2].T
+    (y * dy).sum().backward()
+    return {
+        "gelu": gelu, "by_input": by_input, "straight_through": straight_through,
+        "n": n, "d_model": d_model, "d_ff": d_ff,
+        "input_threshold": flat(t_input), "gate_threshold": flat(t_gate), "hidden_threshold": flat(t_hidden),
+        "x": flat(x), "dy": flat(dy), "y": flat(y), "dx": flat(x.grad),
+        "parameters": [flat(t) for t in p], "gradients": [flat(t.grad) for t in p],
+    }
+
+
 def head_case():
     head, teacher, student = random(50, 6), random(5, 6), random(5, 6, grad=True)
     log_p, log_q = ((h @ head.T).log_softmax(-1) for h in (teacher, student))
@@ -112,6 +139,12 @@ cases = {
     "attention": [attention_case(9, 4, 2, 6, 0, True), attention_case(11, 3, 1, 4, 4, False)],
     "moe": [moe_case(False), moe_case(True)],
     "head": head_case(),
+    "self_routed": [
+        self_routed_case(False, False, False),
+        self_routed_case(True, False, True),
+        self_routed_case(False, True, False),
+        self_routed_case(True, True, True),
+    ],
 }
 assert math.isfinite(cases["head"]["kl"])
 path = pathlib.Path(__file__).with_name("cases.json")
