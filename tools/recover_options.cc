@@ -18,6 +18,13 @@ void add_recover_options(CLI::App& cmd, converter::RecoverOptions& o) {
       ->check(count);
   group(cmd.add_option("--scale-rate", o.scale_rate, "Adam's learning rate of the scales"))
       ->check(finite_between(0, 1));
+  group(cmd.add_option_function<std::string>(
+            "--train",
+            [&o](const std::string& what) { o.attention_rank = what == "attention" ? 16 : 0; },
+            "What learns: mlps, or attention: beside them updates of rank 16 of the attention's "
+            "matrices, merged on writing"))
+      ->check(CLI::IsMember({"mlps", "attention"}))
+      ->default_str("mlps");
   group(cmd.add_option("--recover-text", o.text, "Tokens of text to take at most"))
       ->check(integer_between(1024, std::int64_t{1} << 40));
   group(cmd.add_option("--self-tokens", o.self_tokens,

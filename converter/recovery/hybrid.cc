@@ -80,31 +80,12 @@ void Hybrid<P>::load_layer(const models::Checkpoint& checkpoint, int index) {
   Layer& to = layers_[static_cast<std::size_t>(index)];
   const std::string name =
       fmt::format("{}: blk.{}", checkpoint.file->path().filename().string(), index);
-  to.attn_norm = copy<Scalar>(from.attn_norm);
-  to.q_norm = copy<Scalar>(from.q_norm);
-  to.k_norm = copy<Scalar>(from.k_norm);
-  to.post_attn_norm = copy<Scalar>(from.post_attn_norm);
   to.mlp_norm = copy<Scalar>(from.mlp_norm);
   to.post_mlp_norm = copy<Scalar>(from.post_mlp_norm);
-  const MatrixView<Operand> qkv =
-      to.w_qkv.reshape(from.w_q.rows + from.w_k.rows + from.w_v.rows, config_.d_model);
-  std::int64_t row = 0;
-  for (const WeightView* w : {&from.w_q, &from.w_k, &from.w_v}) {
-    unpack_operand<P>(*w, name + ".attention", qkv.slice(row, w->rows));
-    row += w->rows;
-  }
-  unpack_operand<P>(from.w_o, name + ".attn_output", to.w_o.reshape(from.w_o.rows, from.w_o.cols));
-
-  const models::ModelConfig::Layer& own = config_.layers[static_cast<std::size_t>(index)];
-  to.attention = {.n_heads = config_.n_heads,
-                  .n_kv_heads = config_.n_kv_heads,
-                  .head_dim = config_.head_dim,
-                  .scale = static_cast<double>(config_.attention_scale),
-                  .window = own.window,
-                  .n_ctx = n_ctx_};
-  auto [table, added] = rotaries_.try_emplace(own.rope_base);
-  if (added) table->second = RotaryTable<Scalar>(n_ctx_, config_.head_dim, own.rope_base);
-  to.rotary = &table->second;
+  const double base = config_.layers[static_cast<std::size_t>(index)].rope_base;
+  auto [table, added] = rotaries_.try_emplace(base);
+  if (added) table->second = RotaryTable<Scalar>(n_ctx_, config_.head_dim, base);
+  to.attention = std::make_unique<AttentionBlock<P>>(config_, from, index, table->second, name);
 
   if (const auto* dense = std::get_if<models::DenseMlp>(&from.mlp)) {
     to.dense.phi = dense->phi;
@@ -175,6 +156,16 @@ void Hybrid<P>::replace(int layer, const models::Mlp& mlp) {
 template <class P>
 void Hybrid<P>::refresh() {
   for (Converted<P>& c : converted_) c.refresh(ctx_);
+  for (Layer& layer : layers_) layer.attention->refresh(ctx_);
+}
+
+template <class P>
+void Hybrid<P>::learn_attention(std::int64_t rank, std::uint64_t seed) {
+  for (int l = first_converted() + 1; l < n_layers(); ++l) {
+    AttentionBlock<P>& block = attention(l);
+    block.learn(rank, seed * 1000 + static_cast<std::uint64_t>(l));
+    block.refresh(ctx_);
+  }
 }
 
 template <class P>
@@ -201,110 +192,12 @@ void Hybrid<P>::forget_counts() {
 }
 
 template <class P>
-MatrixView<typename P::Scalar> Hybrid<P>::heads(MatrixView<Scalar> x) const {
-  return {x.data, x.rows * (x.cols / config_.head_dim), config_.head_dim};
-}
-
-// r += post_norm?(W_o attention(rope(norm?(q)), …)).
-template <class P>
-void Hybrid<P>::attention_block(const Layer& layer, MatrixView<Scalar> r, Tape& tape) {
-  const Workspace::Scope scope(ctx_.workspace);
-  const std::int64_t m = r.rows;
-  const std::int64_t d = r.cols;
-  const std::int64_t q_cols = std::int64_t{config_.n_heads} * config_.head_dim;
-  const std::int64_t kv_cols = std::int64_t{config_.n_kv_heads} * config_.head_dim;
-  const MatrixView<Scalar> normed = take_matrix<Scalar>(ctx_, m, d);
-  const MatrixView<Operand> operand = take_matrix<Operand>(ctx_, m, d);
-  norm_forward(ctx_, constant(r), std::span<const Scalar>(layer.attn_norm), eps_, normed);
-  to_operand(ctx_, constant(normed), operand);
-  // q, k and v one behind the other, each contiguous, so that heads are rows of their own.
-  const MatrixView<Scalar> all = tape.qkv.reshape(m, q_cols + 2 * kv_cols);
-  const MatrixView<Scalar> q(all.data, m, q_cols);
-  const MatrixView<Scalar> k(q.data + m * q_cols, m, kv_cols);
-  const MatrixView<Scalar> v(k.data + m * kv_cols, m, kv_cols);
-  const MatrixView<const Operand> w = layer.w_qkv.view();
-  multiply(ctx_, false, true, constant(operand), w.slice(0, q_cols), false, q);
-  multiply(ctx_, false, true, constant(operand), w.slice(q_cols, kv_cols), false, k);
-  multiply(ctx_, false, true, constant(operand), w.slice(q_cols + kv_cols, kv_cols), false, v);
-  if (!layer.q_norm.empty()) {
-    const MatrixView<Scalar> raw = tape.qk_raw.reshape(m, q_cols + kv_cols);
-    std::copy_n(all.data, m * (q_cols + kv_cols), raw.data);
-    norm_forward(ctx_, constant(heads(q)), std::span<const Scalar>(layer.q_norm), eps_, heads(q));
-    norm_forward(ctx_, constant(heads(k)), std::span<const Scalar>(layer.k_norm), eps_, heads(k));
-  }
-  rotate(ctx_, *layer.rotary, config_.rope_style, false, q);
-  rotate(ctx_, *layer.rotary, config_.rope_style, false, k);
-  const MatrixView<Scalar> mixed = tape.mixed.reshape(m, q_cols);
-  attention_forward(ctx_, layer.attention, constant(q), constant(k), constant(v), mixed,
-                    tape.lse.reshape(m, config_.n_heads));
-  const MatrixView<Operand> mixed_operand = take_matrix<Operand>(ctx_, m, q_cols);
-  to_operand(ctx_, constant(mixed), mixed_operand);
-  if (layer.post_attn_norm.empty()) {
-    multiply(ctx_, false, true, constant(mixed_operand), constant(layer.w_o.view()), true, r);
-    return;
-  }
-  const MatrixView<Scalar> out = tape.attn_out.reshape(m, d);
-  multiply(ctx_, false, true, constant(mixed_operand), constant(layer.w_o.view()), false, out);
-  norm_forward(ctx_, constant(out), std::span<const Scalar>(layer.post_attn_norm), eps_, normed);
-  add(ctx_, constant(normed), r);
-}
-
-// dr, the gradient behind the block, becomes the one before it.
-template <class P>
-void Hybrid<P>::attention_backward_block(const Layer& layer, MatrixView<const Scalar> r_in,
-                                         Tape& tape, MatrixView<Scalar> dr) {
-  const Workspace::Scope scope(ctx_.workspace);
-  const std::int64_t m = dr.rows;
-  const std::int64_t d = dr.cols;
-  const std::int64_t q_cols = std::int64_t{config_.n_heads} * config_.head_dim;
-  const std::int64_t kv_cols = std::int64_t{config_.n_kv_heads} * config_.head_dim;
-  const MatrixView<Scalar> dn = take_matrix<Scalar>(ctx_, m, d);
-  const MatrixView<Operand> operand = take_matrix<Operand>(ctx_, m, d);
-  if (layer.post_attn_norm.empty()) {
-    to_operand(ctx_, constant(dr), operand);
-  } else {
-    norm_backward(ctx_, constant(tape.attn_out.view()),
-                  std::span<const Scalar>(layer.post_attn_norm), eps_, constant(dr), false, dn);
-    to_operand(ctx_, constant(dn), operand);
-  }
-  const MatrixView<Scalar> d_mixed = take_matrix<Scalar>(ctx_, m, q_cols);
-  multiply(ctx_, false, false, constant(operand), constant(layer.w_o.view()), false, d_mixed);
-  const MatrixView<const Scalar> q(tape.qkv.view().data, m, q_cols);
-  const MatrixView<const Scalar> k(q.data + m * q_cols, m, kv_cols);
-  const MatrixView<const Scalar> v(k.data + m * kv_cols, m, kv_cols);
-  const MatrixView<Scalar> dq = take_matrix<Scalar>(ctx_, m, q_cols);
-  const MatrixView<Scalar> dk = take_matrix<Scalar>(ctx_, m, kv_cols);
-  const MatrixView<Scalar> dv = take_matrix<Scalar>(ctx_, m, kv_cols);
-  attention_backward(ctx_, layer.attention, q, k, v, constant(tape.mixed.view()),
-                     constant(tape.lse.view()), constant(d_mixed), dq, dk, dv);
-  rotate(ctx_, *layer.rotary, config_.rope_style, true, dq);
-  rotate(ctx_, *layer.rotary, config_.rope_style, true, dk);
-  if (!layer.q_norm.empty()) {
-    const MatrixView<Scalar> q_raw(tape.qk_raw.view().data, m, q_cols);
-    const MatrixView<Scalar> k_raw(q_raw.data + m * q_cols, m, kv_cols);
-    norm_backward(ctx_, constant(heads(q_raw)), std::span<const Scalar>(layer.q_norm), eps_,
-                  constant(heads(dq)), false, heads(dq));
-    norm_backward(ctx_, constant(heads(k_raw)), std::span<const Scalar>(layer.k_norm), eps_,
-                  constant(heads(dk)), false, heads(dk));
-  }
-  const MatrixView<const Operand> w = layer.w_qkv.view();
-  std::int64_t first = 0;
-  for (const MatrixView<Scalar>& part : {dq, dk, dv}) {
-    const MatrixView<Operand> o = take_matrix<Operand>(ctx_, m, part.cols);
-    to_operand(ctx_, constant(part), o);
-    multiply(ctx_, false, false, constant(o), w.slice(first, part.cols), first > 0, dn);
-    first += part.cols;
-  }
-  norm_backward(ctx_, r_in, std::span<const Scalar>(layer.attn_norm), eps_, constant(dn), true, dr);
-}
-
-template <class P>
 void Hybrid<P>::run_layer(int index, MatrixView<Scalar> r, Tape& tape,
                           std::int64_t contribution_rows) {
   const Layer& layer = layers_[static_cast<std::size_t>(index)];
   {
     const Timed timed(times_.attention_forward);
-    attention_block(layer, r, tape);
+    layer.attention->forward(ctx_, r, tape.attention);
   }
   const Timed timed(times_.mlp_forward);
   const Workspace::Scope scope(ctx_.workspace);
@@ -484,7 +377,7 @@ typename Hybrid<P>::Losses Hybrid<P>::gradients(std::span<const std::int32_t> to
     }
     if (!need_dr) break;
     const Timed timed(times_.attention_backward);
-    attention_backward_block(layer, input, tape(l), dr);
+    layer.attention->backward(ctx_, input, tape(l).attention, dr);
   }
   const auto n_routers = std::count_if(converted_.begin(), converted_.end(),
                                        [](auto& c) { return c.moe() != nullptr; });

@@ -8,10 +8,9 @@
 #include <span>
 #include <vector>
 
-#include "converter/recovery/attention.h"
+#include "converter/recovery/attention_block.h"
 #include "converter/recovery/converted.h"
 #include "converter/recovery/dense.h"
-#include "converter/recovery/rotary.h"
 #include "models/transformer.h"
 
 namespace moesaic::converter {
@@ -21,10 +20,10 @@ struct StepTimes {
   double attention_forward = 0, mlp_forward = 0, head = 0, mlp_backward = 0, attention_backward = 0;
 };
 
-/// A hybrid checkpoint as training sees it: embeddings, attention, norms, head and dense MLPs
-/// frozen, the converted layers' parameters free. Forward as models::Transformer, on windows of
-/// text that each begin at position 0; backward by hand. P: Float64, Float32 or Bfloat16
-/// (arithmetic.h).
+/// A hybrid checkpoint as training sees it: embeddings, norms, head, dense MLPs and, unless
+/// learn_attention() was called, attention frozen, the converted layers' parameters free. Forward
+/// as models::Transformer, on windows of text that each begin at position 0; backward by hand. P:
+/// Float64, Float32 or Bfloat16 (arithmetic.h).
 template <class P>
 class Hybrid {
  public:
@@ -61,6 +60,13 @@ class Hybrid {
   /// scaled to mean 1 over the rows given. n_step: rows of the whole step.
   Losses gradients(std::span<const std::int32_t> tokens, MatrixView<const Operand> teacher,
                    std::int64_t n_step);
+
+  /// Gives the attention's matrices of all layers behind the first converted one updates of that
+  /// rank (low_rank_update.h); what lies before it meets no gradient.
+  void learn_attention(std::int64_t rank, std::uint64_t seed);
+  AttentionBlock<P>& attention(int layer) {
+    return *layers_[static_cast<std::size_t>(layer)].attention;
+  }
 
   /// Converted layers, in order.
   std::vector<Converted<P>>& converted() { return converted_; }
@@ -100,22 +106,16 @@ class Hybrid {
 
  private:
   struct Layer {
-    std::vector<Scalar> attn_norm, q_norm, k_norm, post_attn_norm, mlp_norm, post_mlp_norm;
-    Storage<Operand> w_qkv;  // [(n_heads + 2 n_kv_heads) · head_dim, d_model]
-    Storage<Operand> w_o;    // [d_model, n_heads · head_dim]
-    AttentionShape attention;
-    const RotaryTable<Scalar>* rotary = nullptr;
+    std::unique_ptr<AttentionBlock<P>> attention;
+    std::vector<Scalar> mlp_norm, post_mlp_norm;
     DenseLayer<P> dense;
     std::optional<std::size_t> converted;  // index
     double active = 1;  // multiply-adds over the dense MLP's, unless they vary with the token
   };
   struct Tape {
-    Storage<Scalar> qkv;         // after norms and rotation
-    Storage<Scalar> qk_raw;      // before them, where heads are normed
-    Storage<Scalar> mixed, lse;  // attention's output before W_o
-    Storage<Scalar> attn_out;    // W_o's, where a norm follows
-    Storage<Scalar> r_mid;       // the stream before the MLP
-    Storage<Scalar> mlp_out;     // where a norm follows
+    AttentionTape<P> attention;
+    Storage<Scalar> r_mid;    // the stream before the MLP
+    Storage<Scalar> mlp_out;  // where a norm follows
     MoeTape<P> moe;
     SelfRoutedTape<P> self_routed;
     DenseTape<P> dense;
@@ -123,15 +123,11 @@ class Hybrid {
 
   void load_layer(const models::Checkpoint& checkpoint, int index);
   void run_layer(int index, MatrixView<Scalar> r, Tape& tape, std::int64_t contribution_rows);
-  void attention_block(const Layer& layer, MatrixView<Scalar> r, Tape& tape);
-  void attention_backward_block(const Layer& layer, MatrixView<const Scalar> r_in, Tape& tape,
-                                MatrixView<Scalar> dr);
   void mlp_forward(const Layer& layer, MatrixView<const Scalar> r, MatrixView<const Scalar> x,
                    std::int64_t contribution_rows, Tape& tape, MatrixView<Scalar> y);
   double mlp_backward_block(Layer& layer, std::int64_t n_step, Tape& tape, bool need_dr,
                             MatrixView<Scalar> dr);
   std::vector<Scalar> weights(MatrixView<const Scalar> r, MatrixView<const Scalar> y) const;
-  MatrixView<Scalar> heads(MatrixView<Scalar> x) const;
   Tape& tape(int index) { return tapes_[recompute_ ? 0 : static_cast<std::size_t>(index)]; }
   void run_layers(std::span<const std::int32_t> tokens, MatrixView<Scalar> r, bool keep);
 

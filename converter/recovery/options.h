@@ -23,6 +23,7 @@ struct RecoverOptions {
   std::int64_t tokens = 0;             // trained; 0: no recovery
   std::int64_t scale_tokens = 65'536;  // after rounding, on scales of self-routed layers' blocks
   double scale_rate = 1e-3;            // Adam, of these
+  std::int64_t attention_rank = 0;  // of updates that the attention's matrices learn; 0: they stay
   std::int64_t text = 1 << 20;   // tokens of text that there are at most, passes over them repeat
   std::int64_t self_tokens = 0;  // tokens of the dense model's own text beside a file's
   std::int64_t batch = 1024;     // tokens a step, a multiple of n_ctx

@@ -7,6 +7,7 @@
 
 #include "converter/linalg.h"
 #include "converter/recovery/moments.h"
+#include "converter/recovery/pack_matrix.h"
 #include "converter/recovery/pack_self_routed.h"
 #include "converter/rounding.h"
 #include "converter/student.h"
@@ -147,6 +148,33 @@ PackMatrix with_scales(Context& ctx, const Trainer& trainer, int layer,
   };
 }
 
+// Rounds the attention of layers that learnt as a pass comes to them.
+void observe_attention(Context& ctx, Hybrid<Bfloat16>& model, const models::Checkpoint& hybrid,
+                       std::vector<PackedAttention>& packed) {
+  for (int l = 0; l < model.n_layers(); ++l) {
+    if (!model.attention(l).updates().empty()) packed.emplace_back().layer = l;
+  }
+  for (PackedAttention& own : packed) {
+    AttentionBlock<Bfloat16>& block = model.attention(own.layer);
+    block.observe([&ctx, &block, &hybrid, &own](bool output, ConstMatrix x) {
+      const models::LayerWeights& layer = hybrid.layers[static_cast<std::size_t>(own.layer)];
+      const std::array<const WeightView*, kAttentionMatrices> before = {&layer.w_q, &layer.w_k,
+                                                                        &layer.w_v, &layer.w_o};
+      const std::vector<float> ones(static_cast<std::size_t>(x.rows), 1.0F);
+      const DMatrix moments = input_factor(ctx, x, ones);
+      const std::size_t first = output ? kAttentionOutput : kQuery;
+      const std::size_t end = output ? kAttentionMatrices : kAttentionOutput;
+      for (std::size_t m = first; m < end; ++m) {
+        const Workspace::Scope scope(ctx.workspace);
+        const Matrix w = block.updates()[m].take_merged(ctx);
+        const DType dtype = writable_type(before[m]->dtype, {}, w.cols);
+        own.matrices[m] = {dtype, w.rows, w.cols, round_and_pack(ctx, w, moments, dtype)};
+        block.set(ctx, static_cast<AttentionMatrix>(m), w);
+      }
+    });
+  }
+}
+
 // The types of a self-routed layer and how its matrices are packed into them.
 using HowToPack = std::function<std::pair<MatrixTypes, PackMatrix>(const Converted<Bfloat16>&)>;
 
@@ -157,7 +185,6 @@ void pack_self_routed_layers(Context& ctx, Hybrid<Bfloat16>& model, const HowToP
   for (std::size_t i = 0; i < packed.size(); ++i) {
     if (model.converted()[i].self_routed() != nullptr) layers.push_back(i);
   }
-  if (layers.empty()) return;
   monitor.stage("round what was trained", static_cast<std::int64_t>(layers.size()));
   std::int64_t done = 0;
   model.observe_inputs([&](std::size_t index, ConstMatrix x, std::span<const float> weight) {
@@ -183,21 +210,28 @@ void pack_self_routed_layers(Context& ctx, Hybrid<Bfloat16>& model, const HowToP
 
 }  // namespace
 
-PackedLayers pack_trained(Context& ctx, Trainer& trainer, const models::Checkpoint& hybrid,
-                          std::optional<DType> type, std::int64_t n_windows,
-                          engine::Monitor& monitor) {
+PackedModel pack_trained(Context& ctx, Trainer& trainer, const models::Checkpoint& hybrid,
+                         std::optional<DType> type, std::int64_t n_windows,
+                         engine::Monitor& monitor) {
   Hybrid<Bfloat16>& model = trainer.model();
   n_windows = std::min(n_windows, trainer.n_train_windows());
   const std::vector<std::int32_t> tokens = rounding_text(trainer, n_windows);
-  PackedLayers packed;
+  PackedModel packed;
   for (const Converted<Bfloat16>& c : model.converted())
-    packed.emplace_back(c.layer, PackedLayer());
-  pack_secret_moes(ctx, model, hybrid, type, tokens, n_windows, monitor, packed);
+    packed.layers.emplace_back(c.layer, PackedLayer());
+  pack_secret_moes(ctx, model, hybrid, type, tokens, n_windows, monitor, packed.layers);
   const auto rounding = [&](const Converted<Bfloat16>& c) {
     const MatrixTypes types = writable_types(self_routed_of(hybrid, c), type);
     return std::pair(types, by_rounding(ctx, types));
   };
-  pack_self_routed_layers(ctx, model, rounding, tokens, monitor, packed);
+  observe_attention(ctx, model, hybrid, packed.attention);
+  const auto& converted = model.converted();
+  const bool self_routed = std::any_of(converted.begin(), converted.end(), [](const auto& c) {
+    return std::holds_alternative<TrainedSelfRouted<Bfloat16>>(c.form);
+  });
+  if (!self_routed && packed.attention.empty()) return packed;
+  pack_self_routed_layers(ctx, model, rounding, tokens, monitor, packed.layers);
+  for (const PackedAttention& own : packed.attention) model.attention(own.layer).observe({});
   return packed;
 }
 

@@ -5,8 +5,7 @@
 #include <functional>
 #include <limits>
 
-#include "converter/recovery/moments.h"
-#include "converter/rounding.h"
+#include "converter/recovery/pack_matrix.h"
 #include "kernels/base/error.h"
 #include "kernels/linear.h"
 #include "kernels/quant.h"
@@ -27,27 +26,6 @@ AlignedBuffer<float> scaled(const std::vector<float>& threshold, float factor) {
   return to;
 }
 
-// Factor of Σ ω v vᵀ.
-DMatrix weighted_factor(Context& ctx, ConstMatrix v, std::span<const float> weight) {
-  const Workspace::Scope scope(ctx.workspace);
-  const auto operand = take_matrix<std::uint16_t>(ctx, v.rows, v.cols);
-  to_operand(ctx, v, operand);
-  const auto weighted = take_weighted(ctx, operand, weight, false);
-  AlignedBuffer<float> moments(static_cast<std::size_t>(v.cols * v.cols));
-  kernels::gemm(ctx, true, false, 1, weighted, weighted, 0, {moments.data(), v.cols, v.cols});
-  return moment_factor(moments, v.cols);
-}
-
-AlignedBuffer<std::byte> pack_rows(Context& ctx, ConstMatrix w, DType dtype) {
-  const std::int64_t bytes = row_bytes(dtype, w.cols);
-  AlignedBuffer<std::byte> out(static_cast<std::size_t>(w.rows * bytes));
-  for_each_row(ctx, w.rows, [&](std::int64_t r, int) {
-    kernels::quantize_row(dtype, {w.row(r), static_cast<std::size_t>(w.cols)},
-                          out.data() + r * bytes);
-  });
-  return out;
-}
-
 // kept = v where |v| >= θ, else 0; kept may be v.
 void keep(Context& ctx, ConstMatrix v, std::span<const float> threshold, Matrix kept) {
   for_each_row(ctx, v.rows, [&](std::int64_t t, int) {
@@ -65,19 +43,6 @@ Matrix take_copy(Context& ctx, ConstMatrix from) {
 }
 
 }  // namespace
-
-DType writable_type(DType own, std::optional<DType> wanted, std::int64_t cols) {
-  const auto fits = [&](DType t) {
-    return kernels::can_quantize(t) && cols % traits(t).block_elems == 0;
-  };
-  if (wanted) {
-    require<InputError>(fits(*wanted), "--expert-type: {} cannot hold rows of {} weights",
-                        traits(*wanted).name, cols);
-    return *wanted;
-  }
-  if (fits(own)) return own;
-  return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
-}
 
 float factor_for_share(Context& ctx, Matrix v, std::span<const float> threshold, double share) {
   const std::int64_t n = v.rows * v.cols;
@@ -112,8 +77,7 @@ MatrixTypes writable_types(const kernels::SelfRoutedView& layer, std::optional<D
 
 PackMatrix by_rounding(Context& ctx, const MatrixTypes& types) {
   return [&ctx, types](std::size_t m, Matrix w, const std::function<DMatrix()>& moments) {
-    round_inputs(ctx, w, moments(), types[m]);
-    return pack_rows(ctx, w, types[m]);
+    return round_and_pack(ctx, w, moments(), types[m]);
   };
 }
 
@@ -142,16 +106,15 @@ models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<
   keep(ctx, x, out.input_threshold.span(), large);
   std::optional<DMatrix> large_factor;
   const auto large_moments = [&] {
-    if (!large_factor) large_factor = weighted_factor(ctx, large, weight);
+    if (!large_factor) large_factor = input_factor(ctx, large, weight);
     return *large_factor;
   };
 
   AlignedBuffer<float> w_gate = copy(p.w_gate);
   out.w_gate = pack(0, {w_gate.data(), s.d_ff, s.d_model}, large_moments);
   AlignedBuffer<float> w_up = copy(p.w_up);
-  out.w_up = pack(1, {w_up.data(), s.d_ff, s.d_model}, [&] {
-    return s.up_by_input ? large_moments() : weighted_factor(ctx, x, weight);
-  });
+  out.w_up = pack(1, {w_up.data(), s.d_ff, s.d_model},
+                  [&] { return s.up_by_input ? large_moments() : input_factor(ctx, x, weight); });
 
   const Matrix gate = take_matrix<float>(ctx, x.rows, s.d_ff);
   const Matrix h = take_matrix<float>(ctx, x.rows, s.d_ff);
@@ -179,7 +142,7 @@ models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<
 
   AlignedBuffer<float> w_down = copy(p.w_down);
   out.w_down =
-      pack(2, {w_down.data(), s.d_model, s.d_ff}, [&] { return weighted_factor(ctx, h, weight); });
+      pack(2, {w_down.data(), s.d_model, s.d_ff}, [&] { return input_factor(ctx, h, weight); });
   return out;
 }
 

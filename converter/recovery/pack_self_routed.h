@@ -37,10 +37,6 @@ PackMatrix by_rounding(Context& ctx, const MatrixTypes& types);
 MatrixTypes types_of(const kernels::SelfRoutedView& layer);
 MatrixTypes writable_types(const kernels::SelfRoutedView& layer, std::optional<DType> wanted);
 
-/// What to write rows of `cols` weights in that stand in a file as `own`: `wanted` if there is one,
-/// own if it can be written, else Q8_0, else BF16. Throws InputError if `wanted` cannot hold them.
-DType writable_type(DType own, std::optional<DType> wanted, std::int64_t cols);
-
 /// The factor f >= 0 at which |v_ti| >= f θ_i holds for `share` of all entries, or for the next
 /// smaller share that there is; 1 where so many hold at every factor, since θ_i = 0. v is
 /// overwritten.   v [n, θ.size()]

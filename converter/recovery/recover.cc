@@ -1,6 +1,7 @@
 #include "converter/recovery/recover.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -195,6 +196,16 @@ void set_shares(const models::GgufFile& hybrid, const Recovered& recovered,
   }
 }
 
+void put(models::Checkpoint& hybrid, const std::vector<PackedAttention>& attention) {
+  for (const PackedAttention& own : attention) {
+    models::LayerWeights& layer = hybrid.layers[static_cast<std::size_t>(own.layer)];
+    layer.w_q = own.matrices[kQuery].view();
+    layer.w_k = own.matrices[kKey].view();
+    layer.w_v = own.matrices[kValue].view();
+    layer.w_o = own.matrices[kAttentionOutput].view();
+  }
+}
+
 }  // namespace
 
 Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
@@ -221,9 +232,12 @@ Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
     const Judgement trained = trainer.judge();
     report.kl_trained = trained.kl;
     report.active_trained = trained.active;
-    out.layers = pack_trained(ctx, trainer, *hybrid, options.expert_type,
-                              kRoundingTokens / options.n_ctx, monitor);
+    PackedModel packed = pack_trained(ctx, trainer, *hybrid, options.expert_type,
+                                      kRoundingTokens / options.n_ctx, monitor);
+    out.layers = std::move(packed.layers);
+    out.attention = std::move(packed.attention);
     put(written, out.layers);
+    put(written, out.attention);
     const Judgement rounded = trainer.judge();
     report.kl_rounded = report.kl_packed = rounded.kl;
     report.active_packed = rounded.active;
@@ -291,6 +305,15 @@ void write_recovered(const models::GgufFile& hybrid, const Recovered& recovered,
       for (auto& t : std::get<models::PackedSelfRouted>(packed).tensors(names, layer)) {
         replaced[t.name] = t;
       }
+    }
+  }
+  for (const PackedAttention& own : recovered.attention) {
+    const std::array<std::string_view, kAttentionMatrices> own_names = {names.w_q, names.w_k,
+                                                                        names.w_v, names.w_o};
+    for (std::size_t m = 0; m < own_names.size(); ++m) {
+      const PackedAttention::Matrix& matrix = own.matrices[m];
+      const std::string name = fmt::format("blk.{}.{}", own.layer, own_names[m]);
+      replaced[name] = {name, matrix.dtype, {matrix.cols, matrix.rows}, matrix.bytes.span()};
     }
   }
   for (const models::GgufTensor& t : hybrid.tensors()) {

@@ -40,24 +40,26 @@ struct RecoveryFiles {
 
 struct Recovered {
   PackedLayers layers;
-  double active_fraction = 0;  // of the hybrid with them, by its description
+  std::vector<PackedAttention> attention;  // of layers whose attention learnt
+  double active_fraction = 0;              // of the hybrid with them, by its description
   RecoveryReport report;
 };
 
 /// Step 7 of DESIGN.md section 2: trains a hybrid's converted layers (experts, shared neurons,
 /// bypass, bias and routers; the matrices of self-routed ones, whose thresholds follow so that
-/// their shares stay) on the KL divergence from the dense model over windows of `tokens`, then
-/// rounds what was trained to the file's formats (pack.h), then, codes fixed, trains the scales of
-/// self-routed layers' blocks (block_scales.h), so that what rounding lost comes back. Either
-/// training may be left out. They are saved in the two files of `state` every few minutes and when
-/// the user interrupts; where a file is there already, its training goes on from there, bit for
-/// bit. Throws Interrupted (state kept), InputError, Error (NaN), IoError.
+/// their shares stay; with options.attention_rank low-rank updates of the attention, which are
+/// merged into its matrices) on the KL divergence from the dense model over windows of `tokens`,
+/// then rounds what was trained to the file's formats (pack.h), then, codes fixed, trains the
+/// scales of self-routed layers' blocks (block_scales.h), so that what rounding lost comes back.
+/// Either training may be left out. They are saved in the two files of `state` every few minutes
+/// and when the user interrupts; where a file is there already, its training goes on from there,
+/// bit for bit. Throws Interrupted (state kept), InputError, Error (NaN), IoError.
 Recovered recover(std::shared_ptr<const models::Checkpoint> dense,
                   std::shared_ptr<const models::Checkpoint> hybrid,
                   std::span<const std::int32_t> tokens, const RecoverOptions& options,
                   const RecoveryFiles& state, Context& ctx, engine::Monitor& monitor);
 
-/// Writes the hybrid again with the recovered layers in the places of its own, and
+/// Writes the hybrid again with the recovered layers and attention in the places of its own, and
 /// moesaic.recovery.{tokens (u64), kl_start, kl_end (f32)}; with self-routed layers their shares
 /// and the active fraction, too. The rest as it was. Atomic.
 void write_recovered(const models::GgufFile& hybrid, const Recovered& recovered,

@@ -29,6 +29,7 @@ std::string options_json(const RecoverOptions& o) {
   return Json{{"tokens", o.tokens},
               {"scale_tokens", o.scale_tokens},
               {"scale_rate", o.scale_rate},
+              {"attention_rank", o.attention_rank},
               {"text", o.text},
               {"self_tokens", o.self_tokens},
               {"batch", o.batch},

@@ -71,6 +71,10 @@ Trainer::Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::
       add_scales(c, hybrid.layers[static_cast<std::size_t>(c.layer)].mlp, unit);
     }
   }
+  if (learns == Learns::Weights && options_.attention_rank > 0) {
+    model_.learn_attention(options_.attention_rank, options_.seed);
+    add_attention(unit);
+  }
   if (options_.refit_every > 0) {
     model_.observe(
         options_.n_ctx, [this](std::size_t index, MatrixView<const std::uint16_t> x,
@@ -85,6 +89,21 @@ void Trainer::add_weights(Converted<Bfloat16>& layer, AdamUnit unit) {
     const double rate = t.router ? options_.router_rate : options_.rate;
     tensors_.push_back(
         {layer.layer, t.name, t.router, AdamTensor(t.value, t.gradient, rate, unit)});
+  }
+}
+
+// B begins at zero, and is in units of its matrix already (low_rank_update.h).
+void Trainer::add_attention(AdamUnit unit) {
+  for (int l = 0; l < model_.n_layers(); ++l) {
+    std::size_t m = 0;
+    for (LowRankUpdate<Bfloat16>& update : model_.attention(l).updates()) {
+      const std::string name = kAttentionNames[m++];
+      tensors_.push_back({l, name + ".a", false,
+                          AdamTensor(update.a(), update.a_gradient(), options_.rate, unit)});
+      tensors_.push_back(
+          {l, name + ".b", false,
+           AdamTensor(update.b(), update.b_gradient(), options_.rate, AdamUnit::One)});
+    }
   }
 }
 
@@ -167,6 +186,7 @@ void Trainer::clear_gradients() {
       std::fill(t.gradient.begin(), t.gradient.end(), 0.0F);
     }
   }
+  for (Trained& t : tensors_) std::fill(t.adam.gradient().begin(), t.adam.gradient().end(), 0.0F);
 }
 
 double Trainer::gradient_norm(bool routers) {

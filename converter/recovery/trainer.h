@@ -74,6 +74,7 @@ class Trainer {
 
  private:
   void add_weights(Converted<Bfloat16>& layer, AdamUnit unit);
+  void add_attention(AdamUnit unit);
   void add_scales(Converted<Bfloat16>& layer, const models::Mlp& mlp, AdamUnit unit);
   void follow_shares();
   void clear_gradients();

@@ -3,6 +3,8 @@
 
 #include "converter/recovery/hybrid.h"
 
+#include <random>
+
 #include "converter/recovery/norm.h"
 #include "engine/kv_cache.h"
 #include "kernels/quant.h"
@@ -61,6 +63,49 @@ TEST_P(RecoveryHybrid, GradientsOfTheDivergence) {
       if (t.router) continue;
       SCOPED_TRACE(testing::Message() << "layer " << c.layer << " " << t.name);
       expect_gradient(t.value, t.gradient, loss, "parameters", 6, 1e-6);
+    }
+  }
+}
+
+// Updates of the attention begin at nothing, and their gradients are those of differences.
+TEST_P(RecoveryHybrid, GradientsOfTheAttentionsUpdates) {
+  const TinyModel file = GetParam().make();
+  const auto checkpoint = file.load();
+  Lent lent;
+  Hybrid<Float64> model(*checkpoint, lent.ctx, kContext, GetParam().recompute);
+  const auto tokens = models::random_ids(2 * kContext);
+  const auto n = static_cast<std::int64_t>(tokens.size());
+  RandomMatrix teacher(n, TinyModel::kModel, 5);
+  for (auto& c : model.converted()) {
+    if (auto* moe = c.moe()) moe->router.auxiliary = 0;
+  }
+  const auto loss = [&] {
+    model.refresh();
+    return model.divergence(tokens, teacher.view()) / static_cast<double>(n);
+  };
+  const double before = loss();
+  model.learn_attention(3, 11);
+  EXPECT_EQ(loss(), before);
+  std::mt19937_64 rng(4);
+  std::normal_distribution<double> normal(0, 0.2);
+  std::size_t n_updates = 0;
+  for (int l = 0; l < model.n_layers(); ++l) {
+    for (LowRankUpdate<Float64>& update : model.attention(l).updates()) {
+      for (double& v : update.b()) v = normal(rng);
+      ++n_updates;
+    }
+  }
+  EXPECT_EQ(n_updates,
+            static_cast<std::size_t>(4 * (model.n_layers() - 1 - model.first_converted())));
+  const double moved = loss();
+  model.gradients(tokens, teacher.view(), n);
+  if (n_updates > 0) EXPECT_NE(moved, before);
+  for (int l = 0; l < model.n_layers(); ++l) {
+    std::size_t m = 0;
+    for (LowRankUpdate<Float64>& update : model.attention(l).updates()) {
+      SCOPED_TRACE(testing::Message() << "layer " << l << " " << kAttentionNames[m++]);
+      expect_gradient(update.a(), update.a_gradient(), loss, "A", 6, 1e-6);
+      expect_gradient(update.b(), update.b_gradient(), loss, "B", 6, 1e-6);
     }
   }
 }

@@ -234,6 +234,29 @@ TEST_F(RecoverScales, CutInEitherTrainingGoesOnBitForBit) {
   }
 }
 
+// Its updates are merged: the file holds what was judged, and nothing beside the matrices.
+TEST_F(RecoverScales, AttentionIsWrittenMerged) {
+  options_.tokens = 64 * 20;
+  options_.scale_tokens = 64 * 10;
+  options_.attention_rank = 4;
+  const Recovered done = recovered();
+  EXPECT_LT(done.report.kl_packed, done.report.kl_start);
+  const auto file = written(done, "out.gguf");
+  const auto before = hybrid_.load();
+  ASSERT_EQ(file->file->tensors().size(), before->file->tensors().size());
+  for (const models::GgufTensor& t : before->file->tensors()) {
+    if (t.name.find("attn_") == std::string::npos) continue;
+    const models::GgufTensor* now = file->file->find_tensor(t.name);
+    ASSERT_NE(now, nullptr) << t.name;
+    EXPECT_EQ(now->dims, t.dims) << t.name;
+    EXPECT_EQ(now->dtype, t.dtype) << t.name;
+    const bool learnt = !t.name.starts_with("blk.0.") && t.name.find("norm") == std::string::npos;
+    EXPECT_EQ(std::memcmp(now->data, t.data, t.bytes) != 0, learnt) << t.name;
+  }
+  Trainer trainer(dense_.load(), *file, lent_.ctx, tokens_, options_);
+  EXPECT_NEAR(trainer.judge().kl, done.report.kl_packed, 1e-9);
+}
+
 TEST_F(RecoverScales, RefusesWhatTrainsNothing) {
   const auto expect_refusal = [&](std::int64_t tokens, std::int64_t scale_tokens) {
     options_.tokens = tokens;
