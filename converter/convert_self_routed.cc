@@ -4,7 +4,7 @@
 #include <sstream>
 #include <string>
 
-#include "converter/recovery/pack_self_routed.h"
+#include "converter/recovery/pack_matrix.h"
 #include "converter/self_routed/apply_plan.h"
 #include "converter/self_routed/curves.h"
 

@@ -161,7 +161,7 @@ void observe_attention(Context& ctx, Hybrid<Bfloat16>& model, const models::Chec
       const std::array<const WeightView*, kAttentionMatrices> before = {&layer.w_q, &layer.w_k,
                                                                         &layer.w_v, &layer.w_o};
       const std::vector<float> ones(static_cast<std::size_t>(x.rows), 1.0F);
-      const DMatrix moments = input_factor(ctx, x, ones);
+      const DMatrix moments = second_moments(ctx, x, ones);
       const std::size_t first = output ? kAttentionOutput : kQuery;
       const std::size_t end = output ? kAttentionMatrices : kAttentionOutput;
       for (std::size_t m = first; m < end; ++m) {

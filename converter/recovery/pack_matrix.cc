@@ -21,7 +21,7 @@ DType writable_type(DType own, std::optional<DType> wanted, std::int64_t cols) {
   return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
 }
 
-DMatrix input_factor(Context& ctx, ConstMatrix x, std::span<const float> weight) {
+DMatrix second_moments(Context& ctx, ConstMatrix x, std::span<const float> weight) {
   const Workspace::Scope scope(ctx.workspace);
   const auto operand = take_matrix<std::uint16_t>(ctx, x.rows, x.cols);
   to_operand(ctx, x, operand);

@@ -15,7 +15,7 @@ namespace moesaic::converter {
 DType writable_type(DType own, std::optional<DType> wanted, std::int64_t cols);
 
 /// Cholesky factor of Σ_t ω_t x_t x_tᵀ.   x [n, cols], ω [n]
-DMatrix input_factor(Context& ctx, ConstMatrix x, std::span<const float> weight);
+DMatrix second_moments(Context& ctx, ConstMatrix x, std::span<const float> weight);
 
 /// Rounds rows to a format in the moments of their inputs (round_inputs() in rounding.h) and gives
 /// the bytes; w becomes what they hold.

@@ -106,7 +106,7 @@ models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<
   keep(ctx, x, out.input_threshold.span(), large);
   std::optional<DMatrix> large_factor;
   const auto large_moments = [&] {
-    if (!large_factor) large_factor = input_factor(ctx, large, weight);
+    if (!large_factor) large_factor = second_moments(ctx, large, weight);
     return *large_factor;
   };
 
@@ -114,7 +114,7 @@ models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<
   out.w_gate = pack(0, {w_gate.data(), s.d_ff, s.d_model}, large_moments);
   AlignedBuffer<float> w_up = copy(p.w_up);
   out.w_up = pack(1, {w_up.data(), s.d_ff, s.d_model},
-                  [&] { return s.up_by_input ? large_moments() : input_factor(ctx, x, weight); });
+                  [&] { return s.up_by_input ? large_moments() : second_moments(ctx, x, weight); });
 
   const Matrix gate = take_matrix<float>(ctx, x.rows, s.d_ff);
   const Matrix h = take_matrix<float>(ctx, x.rows, s.d_ff);
@@ -142,7 +142,7 @@ models::PackedSelfRouted pack_self_routed(Context& ctx, const TrainedSelfRouted<
 
   AlignedBuffer<float> w_down = copy(p.w_down);
   out.w_down =
-      pack(2, {w_down.data(), s.d_model, s.d_ff}, [&] { return input_factor(ctx, h, weight); });
+      pack(2, {w_down.data(), s.d_model, s.d_ff}, [&] { return second_moments(ctx, h, weight); });
   return out;
 }
 

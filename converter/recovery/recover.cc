@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "converter/recovery/pack.h"
+#include "converter/recovery/pack_matrix.h"
 #include "converter/recovery/pack_self_routed.h"
 #include "converter/recovery/trainer.h"
 #include "models/architecture.h"

@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "converter/recovery/pack_matrix.h"
 #include "converter/recovery/pack_self_routed.h"
 #include "kernels/base/error.h"
 #include "tests/converter/recovery/gradient_check.h"
