@@ -314,7 +314,7 @@ void write_recovered(const models::GgufFile& hybrid, const Recovered& recovered,
     for (std::size_t m = 0; m < own_names.size(); ++m) {
       const PackedAttention::Matrix& matrix = own.matrices[m];
       const std::string name = fmt::format("blk.{}.{}", own.layer, own_names[m]);
-      replaced[name] = {name, matrix.dtype, {matrix.cols, matrix.rows}, matrix.bytes.span()};
+      replaced[name] = {name, matrix.dtype, {matrix.rows, matrix.cols}, matrix.bytes.span()};
     }
   }
   for (const models::GgufTensor& t : hybrid.tensors()) {
