@@ -88,13 +88,15 @@ void add_recover(CLI::App& app, Action& action) {
   cmd->footer(
       R"(Trains experts, shared neurons, bypass, bias and routers on the KL divergence from the dense
 model, of self-routed layers the MLP's matrices, while their thresholds follow so that as much stays
-active; attention, norms, embeddings and head stay as they are. `convert --recipe best` does the
+active; attention (unless --train attention), norms, embeddings and head stay as they are. Then it
+rounds them to their formats and trains the scales of their blocks. `convert --recipe best` does the
 same behind its layer-wise stage. The training is saved in OUT.gguf.state every few minutes and on
 Ctrl-C: the same command with --resume goes on bit for bit.
 
 Examples:
   moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data wiki.valid.tokens
   moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data text.txt --recover-tokens 500000
+  moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data text.txt --recover-tokens 0
   moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data text.txt --resume)");
   cmd->callback([options, &action] { action = [options] { recover(*options); }; });
 }

@@ -99,6 +99,27 @@ TEST_P(Recover, LowersTheDivergenceAndWritesAHybrid) {
   EXPECT_LT(divergence(output_), divergence(hybrid_));
 }
 
+TEST_P(Recover, AttentionLearnsWhereAsked) {
+  convert(hybrid_);
+  std::vector<std::string> asked = line(output_);
+  asked.insert(asked.end(), {"--train", "attention", "-q"});
+  const ProgramRun run = run_program(asked);
+  ASSERT_EQ(run.status, 0) << run.err;
+  const auto before = models::GgufFile::open(hybrid_);
+  const auto after = models::GgufFile::open(output_);
+  int changed = 0;
+  for (const models::GgufTensor& t : before->tensors()) {
+    if (t.name.find(".attn_") == std::string::npos) continue;
+    const models::GgufTensor* other = after->find_tensor(t.name);
+    ASSERT_NE(other, nullptr) << t.name;
+    ASSERT_EQ(other->dims, t.dims) << t.name;
+    changed += std::equal(t.data, t.data + t.bytes, other->data) ? 0 : 1;
+  }
+  EXPECT_GE(changed, 4);
+  asked[asked.size() - 2] = "everything";
+  expect_one_line_error(run_program(asked), 2, "--train");
+}
+
 TEST_P(Recover, CutAndResumedGivesTheSameFile) {
   convert(hybrid_);
   const std::string whole = (folder_.path() / "whole.gguf").string();
