@@ -34,8 +34,9 @@ struct SelfRoutedView {
   std::span<const float> gate_threshold;    // θg [d_ff]; empty with up_by_input
   std::span<const float> hidden_threshold;  // θh [d_ff]
 
-  // The same weights in the orders in which Activations::Q16 reads single columns and rows, besides
-  // their panels; all of them or none.
+  // The same weights in the orders in which single columns and rows are read: by Activations::Q16,
+  // besides their panels, all of them or none; on a GPU in place of the file's rows, as
+  // kernels/cuda/self_routed.h says.
   const std::byte* gate_columns = nullptr;  // kernels/columns.h
   const std::byte* up_parts = nullptr;      // columns with up_by_input, else pack_in_rows()
   const std::byte* down_columns = nullptr;

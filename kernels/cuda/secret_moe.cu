@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/activate.cuh"
 #include "kernels/cuda/base/check.h"
+#include "kernels/cuda/base/last_block.cuh"
 #include "kernels/cuda/base/operands.h"
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/secret_moe.h"
@@ -17,20 +18,6 @@ constexpr int kRouteWarps = 4;
 constexpr int kNeuronWarps = 4;
 constexpr int kScatterWarps = kGroup / kWarp;  // a thread per column of a slice
 constexpr int kScatterDepth = 4;               // rows on their way to a warp
-
-// True in all threads of the block that comes here last; what the others wrote before is then
-// visible. `done` is zero again afterwards.
-__device__ bool last_block(unsigned* done, unsigned n_blocks) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicInc(done, n_blocks - 1) == n_blocks - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  return last;
-}
 
 // Scores (and the bypass) by a warp per row, then the top k by the block that finishes last.
 template <class Format>

@@ -13,6 +13,7 @@
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/secret_moe.h"
+#include "kernels/cuda/self_routed.h"
 
 namespace moesaic::models {
 namespace {
@@ -29,12 +30,6 @@ std::shared_ptr<const Checkpoint> on_device(std::shared_ptr<const Checkpoint> ch
   for (const std::int64_t cols : {c.d_model, c.d_ff, std::int64_t{c.n_heads} * c.head_dim,
                                   std::int64_t{c.n_kv_heads} * c.head_dim}) {
     require<ShapeError>(cols % 4 == 0, "cuda: rows of {} elements, expected a multiple of 4", cols);
-  }
-  for (std::size_t i = 0; i < checkpoint->layers.size(); ++i) {
-    require<InputError>(
-        !std::holds_alternative<kernels::SelfRoutedView>(checkpoint->layers[i].mlp),
-        "{}: layer {} is self-routed: expected dense or glu+low_rank layers on CUDA",
-        checkpoint->file->path().string(), i);
   }
   cuda::use_device(device);
   return checkpoint;
@@ -67,12 +62,14 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
                                   std::int64_t rows_wanted, std::int64_t outputs_wanted,
                                   std::int64_t positions_wanted, const cuda::Stream& stream)
     : n_rows(rows_wanted), n_outputs(outputs_wanted), max_positions(positions_wanted) {
-  std::size_t moe_bytes = 0, n_selected = 0;
+  std::size_t moe_bytes = 0, self_routed_bytes = 0, n_selected = 0;
   for (const LayerWeights& layer : weights.layers) {
-    const auto* m = std::get_if<kernels::SecretMoeView>(&layer.mlp);
-    if (m == nullptr) continue;
-    moe_bytes = std::max(moe_bytes, cuda::secret_moe_token_workspace(*m));
-    n_selected = std::max(n_selected, static_cast<std::size_t>(m->n_active));
+    if (const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
+      moe_bytes = std::max(moe_bytes, cuda::secret_moe_token_workspace(*moe));
+      n_selected = std::max(n_selected, static_cast<std::size_t>(moe->n_active));
+    } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
+      self_routed_bytes = std::max(self_routed_bytes, cuda::self_routed_workspace(*self));
+    }
   }
   const cuda::AttentionShape shape{c.n_heads, 0, 0, max_positions};
   const std::size_t attention_bytes =
@@ -94,12 +91,14 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
     take(rows, 3, n_rows);
     take(selected, 1, static_cast<std::int64_t>(n_selected));
     take(attention, 1, static_cast<std::int64_t>(attention_bytes));
+    // Apart: each begins with counters that only its own kind of layer leaves at zero.
     take(moe, 1, static_cast<std::int64_t>(moe_bytes));
+    take(self_routed, 1, static_cast<std::int64_t>(self_routed_bytes));
   };
   divide();
   arena = std::make_shared<cuda::Arena>(bytes);
   divide();
-  cuda::zero_bytes(moe.data(), moe.size(), stream);
+  for (const auto part : {moe, self_routed}) cuda::zero_bytes(part.data(), part.size(), stream);
   host_rows = cuda::PinnedBuffer<std::int32_t>(rows.size());
   host_logits = cuda::PinnedBuffer<float>(logits.size());
 }
@@ -261,6 +260,8 @@ void CudaTransformer::queue_mlp(int layer, std::int64_t n_rows) {
     cuda::linear(products, stream_);
     cuda::gated_activation(dense->phi, gate, up, gate, stream_);
     cuda::linear({dense->w_down, gate, nullptr, t}, stream_);
+  } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&w.mlp)) {
+    cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
   } else {
     const auto& moe = std::get<kernels::SecretMoeView>(w.mlp);
     for (std::int64_t row = 0; row < n_rows; ++row) {

@@ -22,8 +22,7 @@ namespace moesaic::models {
 class CudaTransformer : public engine::Decoder {
  public:
   /// Copies the checkpoint's weights to GPU `device`. Throws DeviceError; ShapeError for d_model,
-  /// d_ff or heads whose rows do not begin at multiples of 16 bytes; InputError for self-routed
-  /// layers.
+  /// d_ff or heads whose rows do not begin at multiples of 16 bytes.
   CudaTransformer(std::shared_ptr<const Checkpoint> checkpoint, int device);
 
   // engine::Decoder
@@ -52,14 +51,14 @@ class CudaTransformer : public engine::Decoder {
 
     std::int64_t n_rows = 0, n_outputs = 0, max_positions = 0;
     std::shared_ptr<cuda::Arena> arena;
-    std::span<float> r, n, t, wanted;     // [n_rows, d_model]
-    std::span<float> q, mixed;            // [n_rows, n_heads · head_dim]
-    std::span<float> k, v;                // [n_rows, n_kv_heads · head_dim]
-    std::span<float> gate, up;            // [n_rows, d_ff]
-    std::span<float> logits;              // [n_outputs, vocab_size]
-    std::span<std::int32_t> rows;         // tokens, slots, positions: [3, n_rows]
-    std::span<std::int32_t> selected;     // of one token and layer
-    std::span<std::byte> attention, moe;  // workspaces
+    std::span<float> r, n, t, wanted;                  // [n_rows, d_model]
+    std::span<float> q, mixed;                         // [n_rows, n_heads · head_dim]
+    std::span<float> k, v;                             // [n_rows, n_kv_heads · head_dim]
+    std::span<float> gate, up;                         // [n_rows, d_ff]
+    std::span<float> logits;                           // [n_outputs, vocab_size]
+    std::span<std::int32_t> rows;                      // tokens, slots, positions: [3, n_rows]
+    std::span<std::int32_t> selected;                  // of one token and layer
+    std::span<std::byte> attention, moe, self_routed;  // workspaces
     cuda::PinnedBuffer<std::int32_t> host_rows;
     cuda::PinnedBuffer<float> host_logits;
   };

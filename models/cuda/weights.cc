@@ -3,12 +3,20 @@
 #include <map>
 #include <variant>
 
+#include "kernels/cuda/base/column_panels.h"
+#include "kernels/cuda/self_routed.h"
 #include "kernels/rope.h"
 
 namespace moesaic::models {
 namespace {
 
-// Calls visit(view or span) for every weight that a layer reads.
+// A matrix that is read by columns; they go where `at` is.
+struct Columns {
+  WeightView& w;
+  const std::byte*& at;
+};
+
+// Calls visit(view or span or Columns) for every weight that a layer reads.
 template <class Visit>
 void for_each_weight(LayerWeights& layer, Visit visit) {
   for (auto* norm : {&layer.attn_norm, &layer.q_norm, &layer.k_norm, &layer.post_attn_norm,
@@ -20,9 +28,20 @@ void for_each_weight(LayerWeights& layer, Visit visit) {
     for (WeightView* w : {&dense->w_gate, &dense->w_up, &dense->w_down}) visit(*w);
     return;
   }
-  auto* secret = std::get_if<kernels::SecretMoeView>(&layer.mlp);
-  if (secret == nullptr) return;  // CudaTransformer has refused the other form
-  auto& moe = *secret;
+  if (auto* self = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
+    const auto matrix = [&](bool by_columns, WeightView& w, const std::byte*& columns) {
+      columns = nullptr;
+      by_columns ? visit(Columns{w, columns}) : visit(w);
+    };
+    matrix(cuda::reads_gate_by_columns(*self), self->w_gate, self->gate_columns);
+    matrix(cuda::reads_up_by_columns(*self), self->w_up, self->up_parts);
+    matrix(cuda::reads_down_by_columns(*self), self->w_down, self->down_columns);
+    for (auto* values : {&self->input_threshold, &self->gate_threshold, &self->hidden_threshold}) {
+      visit(*values);
+    }
+    return;
+  }
+  auto& moe = std::get<kernels::SecretMoeView>(layer.mlp);
   for (WeightView* w :
        {&moe.shared, &moe.experts, &moe.router_v, &moe.router_u, &moe.bypass_q, &moe.bypass_p}) {
     visit(*w);
@@ -32,6 +51,9 @@ void for_each_weight(LayerWeights& layer, Visit visit) {
 
 std::size_t bytes_of(const WeightView& w) { return static_cast<std::size_t>(w.bytes()); }
 std::size_t bytes_of(std::span<const float> values) { return values.size_bytes(); }
+std::size_t bytes_of(const Columns& c) {
+  return static_cast<std::size_t>(cuda::column_panels(c.w).bytes());
+}
 
 std::map<double, std::vector<float>> rope_tables(const ModelConfig& config) {
   std::map<double, std::vector<float>> tables;
@@ -63,6 +85,13 @@ class Upload {
   void operator()(WeightView& w) const {
     w.data = copy(w.data, bytes_of(w));
     w.panels = nullptr;
+  }
+  void operator()(const Columns& c) const {
+    std::vector<std::byte> packed(bytes_of(c));
+    cuda::pack_column_panels(c.w, packed.data());
+    c.at = copy(packed.data(), packed.size());
+    stream_.synchronize();  // before `packed` goes
+    c.w.data = c.w.panels = nullptr;
   }
   void operator()(std::span<const float>& values) const {
     values = {reinterpret_cast<const float*>(copy(values.data(), bytes_of(values))), values.size()};

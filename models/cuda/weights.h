@@ -10,7 +10,8 @@
 namespace moesaic::models {
 
 /// A checkpoint's weights in device memory, in the file's formats: the same views as Checkpoint
-/// has, without panels. One arena holds them all.
+/// has, without panels; what self-routed layers read by columns stands in that order alone. One
+/// arena holds them all.
 struct CudaWeights {
   /// Copies them to the current device. Throws DeviceError.
   CudaWeights(const Checkpoint& checkpoint, const cuda::Stream& stream);

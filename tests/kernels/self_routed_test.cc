@@ -5,69 +5,19 @@
 #include <tuple>
 
 #include "kernels/base/error.h"
-#include "kernels/base/huge_buffer.h"
 #include "kernels/columns.h"
 #include "kernels/neurons.h"
 #include "kernels/packing.h"
 #include "kernels/panels.h"
 #include "kernels/rms_norm.h"
-#include "tests/kernels/packed.h"
-#include "tests/kernels/support.h"
+#include "tests/kernels/self_routed_layer.h"
 #include "tests/reference/self_routed.h"
 
 namespace moesaic::kernels {
 namespace {
 
-struct Options {
-  DType gate = DType::Q4_1, up = DType::Q4_1, down = DType::Q4_1;
-  std::int64_t d_model = 192, d_ff = 320;
-  bool up_by_input = false;
-  Activation phi = Activation::Silu;
-  bool packed = true;
-};
-
-/// A random layer that owns its weights. Its thresholds keep about half of what comes to them.
-struct Layer {
-  explicit Layer(const Options& o)
-      : gate(o.gate, o.d_ff, o.d_model, 1, 0.1f),
-        up(o.up, o.d_ff, o.d_model, 2, 0.1f),
-        down(o.down, o.d_model, o.d_ff, 3, 0.1f),
-        input_threshold(spread(o.d_model, 4, 0.7f)),
-        gate_threshold(spread(o.up_by_input ? 0 : o.d_ff, 5, 0.3f)),
-        hidden_threshold(spread(o.d_ff, 6, 0.2f)),
-        view{.phi = o.phi,
-             .up_by_input = o.up_by_input,
-             .w_gate = gate.view(),
-             .w_up = up.view(),
-             .w_down = down.view(),
-             .input_threshold = input_threshold,
-             .gate_threshold = gate_threshold,
-             .hidden_threshold = hidden_threshold,
-             .input_share = 0.5f,
-             .gate_share = 0.5f,
-             .hidden_share = 0.4f} {
-    if (!o.packed) return;
-    ThreadPool pool(2);
-    Pieces count(nullptr);
-    pack_self_routed(view, pool, count);
-    buffer = HugeBuffer(count.used());
-    Pieces pieces(buffer.data());
-    pack_self_routed(view, pool, pieces);
-  }
-  Layer(const Layer&) = delete;
-  Layer& operator=(const Layer&) = delete;
-
-  static std::vector<float> spread(std::int64_t n, unsigned seed, float middle) {
-    std::vector<float> v = normal_values(size(n), seed, 0.1f * middle);
-    for (float& t : v) t = std::fabs(middle + t);
-    return v;
-  }
-
-  Packed gate, up, down;
-  std::vector<float> input_threshold, gate_threshold, hidden_threshold;
-  SelfRoutedView view;
-  HugeBuffer buffer;
-};
+using Options = SelfRoutedOptions;
+using Layer = SelfRoutedLayer;
 
 reference::Precision precision(Activations activations, const WeightView& w) {
   constexpr double kSum = 32 * kEps;

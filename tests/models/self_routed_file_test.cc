@@ -9,7 +9,7 @@
 #include "kernels/base/error.h"
 #include "models/panels.h"
 #include "tests/models/gguf_bytes.h"
-#include "tests/models/tiny_model.h"
+#include "tests/models/tiny_self_routed.h"
 
 namespace moesaic::models {
 namespace {
@@ -19,34 +19,9 @@ using testing::error_of;
 
 constexpr int kLayers = 3;  // dense, glu+gate, glu+input
 
-void set_floats(TinyModel& m, const std::string& name, float value) {
-  TinyModel::Tensor& t = m.tensor(name);
-  for (std::size_t i = 0; i < t.data.size(); i += sizeof(value)) {
-    std::memcpy(t.data.data() + i, &value, sizeof(value));
-  }
-}
-
-/// Makes layer 1 self-routed by the gate and layer 2 by the input, thresholds all `threshold`.
+/// Layer 1 self-routed by the gate and layer 2 by the input, thresholds all `threshold`.
 void add_self_routed(TinyModel& m, float threshold) {
-  m.set("moesaic.format_version", GgufValue::u32(1));
-  m.set("moesaic.layer.kind", GgufValue::string_array({"dense", "glu+gate", "glu+input"}));
-  m.set("moesaic.layer.n_active", GgufValue::u32_array({0, 0, 0}));
-  m.set("moesaic.layer.input_share", GgufValue::f32_array({1, 0.5F, 0.25F}));
-  m.set("moesaic.layer.gate_share", GgufValue::f32_array({1, 0.5F, 1}));
-  m.set("moesaic.layer.hidden_share", GgufValue::f32_array({1, 0.5F, 0.125F}));
-  for (const char* key : {"recipe", "data_digest", "source_digest", "source_file"}) {
-    m.set(std::string("moesaic.") + key, GgufValue::string("test"));
-  }
-  m.set("moesaic.active_fraction", GgufValue::f32(0.5F));
-  for (const char* layer : {"1", "2"}) {
-    const std::string b = std::string("blk.") + layer + ".moe.";
-    m.add(b + "input_threshold", DType::F32, {TinyModel::kModel}, 0);
-    m.add(b + "hidden_threshold", DType::F32, {TinyModel::kFf}, 0);
-    set_floats(m, b + "input_threshold", threshold);
-    set_floats(m, b + "hidden_threshold", threshold);
-  }
-  m.add("blk.1.moe.gate_threshold", DType::F32, {TinyModel::kFf}, 0);
-  set_floats(m, "blk.1.moe.gate_threshold", threshold);
+  add_self_routed(m, {"dense", "glu+gate", "glu+input"}, threshold, threshold);
 }
 
 std::string error(const std::function<void(TinyModel&)>& spoil) {

@@ -4,6 +4,8 @@
 #include "kernels/cuda/secret_moe.h"
 #include "tests/kernels/cuda/device.h"
 #include "tests/kernels/cuda/device_layer.h"
+#include "tests/kernels/cuda/device_self_routed.h"
+#include "tests/reference/self_routed.h"
 
 namespace moesaic::cuda {
 namespace {
@@ -64,6 +66,48 @@ TEST_F(Traffic, SecretMoe) {
   const std::int64_t floats = v.n_experts() + v.n_active + 3 * 576;  // c, μ, b, x, y
   state_minimum("neurons_kernel", minimum + 4 * floats);
 }
+
+// Half of the inputs, half of the neurons routed, a third kept or so. A column is a run of its
+// panel's codes, a unit's scales come with the first of its columns, a row begins where it begins.
+class TrafficSelfRouted : public Traffic {
+ protected:
+  void run(bool up_by_input) {
+    constexpr std::int64_t kModel = 576, kFf = 1536;
+    const kernels::SelfRoutedLayer host(
+        {.d_model = kModel, .d_ff = kFf, .up_by_input = up_by_input, .packed = false});
+    const DeviceSelfRouted layer(host.view, stream);
+    const auto workspace = zeroed_workspace(layer, stream);
+    const std::vector<float> values = normal_values(kModel, 10);
+    const DeviceMatrix x(values, 1, kModel, stream), y(1, kModel);
+    self_routed(layer.view, x.view(), y.view(), workspace.data(), stream);
+
+    constexpr reference::Precision kExact{.sum = 32 * kEps};
+    const auto lists = reference::self_routed(host.view, ConstMatrix(values.data(), 1, kModel),
+                                              kExact, kExact, kExact);
+    const auto columns = [](const std::vector<std::int64_t>& ids, const WeightView& w) {
+      const ColumnPanels layout = column_panels(w);
+      std::int64_t bytes = std::ssize(ids) * layout.column_bytes;
+      for (std::size_t i = 0; i < ids.size(); ++i) {
+        if (i == 0 || ids[i] / 32 != ids[i - 1] / 32) bytes += layout.scale_bytes;
+      }
+      return layout.n_panels * bytes;
+    };
+    std::int64_t minimum =
+        columns(lists.inputs[0], host.view.w_gate) + columns(lists.kept[0], host.view.w_down);
+    if (up_by_input) {
+      minimum += columns(lists.inputs[0], host.view.w_up);
+    } else {
+      const std::int64_t row = host.view.w_up.row_bytes();
+      for (const std::int64_t i : lists.routed[0]) minimum += sector_bytes(i * row, (i + 1) * row);
+    }
+    EXPECT_LT(minimum, (host.view.w_gate.bytes() * 3) * 7 / 10);
+    const std::int64_t floats = 3 * kModel + (up_by_input ? 1 : 2) * kFf;  // thresholds, x, y
+    state_minimum("gate_up_kernel", minimum + 4 * floats);
+  }
+};
+
+TEST_F(TrafficSelfRouted, ByGate) { run(false); }
+TEST_F(TrafficSelfRouted, ByInput) { run(true); }
 
 }  // namespace
 }  // namespace moesaic::cuda

@@ -8,7 +8,7 @@
 #include "engine/generation.h"
 #include "kernels/base/error.h"
 #include "tests/kernels/cuda/device.h"
-#include "tests/models/tiny_model.h"
+#include "tests/models/tiny_self_routed.h"
 
 namespace moesaic::models {
 namespace {
@@ -122,6 +122,62 @@ INSTANTIATE_TEST_SUITE_P(
         Case{{.architecture = "gemma3", .window = 8, .moe_layers = {0}}, "GemmaHybrid"}),
     [](const auto& instance) { return instance.param.name; });
 
+struct SelfRoutedCase {
+  TinyOptions options;
+  std::vector<std::string> kinds;
+  std::string name;
+};
+
+// Self-routed layers, beside the other kinds too, whose workspaces they must not share.
+class CudaSelfRouted : public cuda::OnDevice, public testing::WithParamInterface<SelfRoutedCase> {
+ protected:
+  TinyModel model() const {
+    TinyOptions options = GetParam().options;
+    options.n_layers = static_cast<int>(GetParam().kinds.size());
+    return TinyModel(options,
+                     [](TinyModel& m) { add_self_routed(m, GetParam().kinds, 0.1F, 0.4F); });
+  }
+};
+
+TEST_P(CudaSelfRouted, GreedyTokensEqualTheCpus) {
+  const TinyModel tiny = model();
+  TestContext test;
+  Transformer cpu(tiny.load(), test.context);
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto prompt = random_ids(9);
+  EXPECT_EQ(greedy(gpu, prompt, 64), greedy(cpu, prompt, 64));
+  EXPECT_LT(test.tally.active_fraction(), 0.8);
+}
+
+TEST_P(CudaSelfRouted, PiecesEqualTheCpus) {
+  const TinyModel tiny = model();
+  TestContext test;
+  Transformer cpu(tiny.load(), test.context);
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto ids = random_ids(20);
+  std::vector<std::vector<double>> expected;
+  Runner on_cpu(cpu);
+  for (const auto& row : on_cpu.run_pieces(ids, 20)) expected.emplace_back(row.begin(), row.end());
+  for (const std::size_t n : {20, 7, 1}) {
+    Runner runner(gpu);
+    EXPECT_LT(relative_error(runner.run_pieces(ids, n), expected), kTolerance) << n;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Kinds, CudaSelfRouted,
+    testing::Values(
+        SelfRoutedCase{{}, {"glu+gate", "glu+gate"}, "Gate"},
+        SelfRoutedCase{{.dtype = DType::Q4_1}, {"glu+input", "glu+input"}, "InputQ4_1"},
+        SelfRoutedCase{{.dtype = DType::Q5_0}, {"glu+gate", "glu+input"}, "NoColumnsQ5_0"},
+        SelfRoutedCase{{.dtype = DType::BF16, .moe_layers = {1, 3}},
+                       {"glu+gate", "glu+low_rank", "glu+input", "glu+low_rank", "dense"},
+                       "EveryKindBF16"},
+        SelfRoutedCase{{.architecture = "gemma3", .dtype = DType::Q8_0, .window = 8},
+                       {"glu+gate", "dense", "glu+input"},
+                       "GemmaQ8_0"}),
+    [](const auto& instance) { return instance.param.name; });
+
 class CudaDecoder : public cuda::OnDevice {};
 
 TEST_F(CudaDecoder, SequencesInOneBatchDoNotMix) {
@@ -215,7 +271,9 @@ TEST_F(CudaDecoder, DevicesThatAreNotThereAreNamed) {
 class CudaSteps : public cuda::OnDevice {
  protected:
   void decode(int n_tokens) {
-    const TinyModel tiny({.moe_layers = {1}});
+    const TinyModel tiny({.n_layers = 3, .moe_layers = {1}}, [](TinyModel& m) {
+      add_self_routed(m, {"glu+gate", "glu+low_rank", "glu+input"}, 0.1F, 0.4F);
+    });
     CudaTransformer gpu(tiny.load(), 0);
     Runner runner(gpu, 1, 64);
     for (std::int32_t t = 0; t < n_tokens; ++t) runner.run({t}, {0}, {t}, {0});
