@@ -46,9 +46,13 @@ struct Running {
   }
 };
 
+// The largest heads take twice the registers.
+template <int kPer, int kHeads>
+constexpr int kMinBlocks = min_blocks(kPer* kHeads >= 32 ? 2 * kWarps : kWarps);
+
 // Block (split, heads of one KV head, token).
 template <int kPer, int kHeads>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, (kMinBlocks<kPer, kHeads>))
     attention_split_kernel(const __grid_constant__ Attention a) {
   __shared__ float merged[kWarps][kHeads][2 + kPer * kWarp];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

@@ -12,7 +12,7 @@ constexpr int kWarps = 4;
 constexpr int kMaxTokens = 8;  // per pass over W
 
 template <class Format, int kTokens>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, min_blocks(kWarps))
     linear_kernel(const __grid_constant__ RowProducts products, std::int64_t first_token) {
   extern __shared__ __align__(16) std::uint8_t staged[];
   const int warp = threadIdx.x / kWarp;

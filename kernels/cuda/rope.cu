@@ -7,6 +7,14 @@ namespace {
 
 constexpr int kThreads = 128;
 
+// Both of an angle of any size. Turns are reduced in double, exact enough for angles below 2^24;
+// sincosf's own reduction of large angles takes local memory.
+__device__ void sine_and_cosine(float angle, float* sine, float* cosine) {
+  constexpr double kInversePi = 0.31830988618379067;
+  const double half_turns = static_cast<double>(angle) * kInversePi;
+  sincospif(static_cast<float>(half_turns - 2 * rint(half_turns / 2)), sine, cosine);
+}
+
 // One thread per pair of a row. The angle is the float32 product, as on the CPU.
 __global__ void __launch_bounds__(kThreads)
     rope_kernel(float* x, std::int64_t stride, std::int64_t n_pairs, int half,
@@ -18,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   float* at = x + blockIdx.y * stride + head * 2 * half + (interleaved ? 2 * i : i);
   const int second = interleaved ? 1 : half;
   float sin, cos;
-  sincosf(__fmul_rn(static_cast<float>(positions[blockIdx.y]), freq[i]), &sin, &cos);
+  sine_and_cosine(__fmul_rn(static_cast<float>(positions[blockIdx.y]), freq[i]), &sin, &cos);
   const float a = at[0], b = at[second];
   at[0] = a * cos - b * sin;
   at[second] = a * sin + b * cos;

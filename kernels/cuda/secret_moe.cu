@@ -21,7 +21,7 @@ constexpr int kScatterDepth = 4;               // rows on their way to a warp
 
 // Scores (and the bypass) by a warp per row, then the top k by the block that finishes last.
 template <class Format>
-__global__ void __launch_bounds__(kRouteWarps* kWarp)
+__global__ void __launch_bounds__(kRouteWarps* kWarp, min_blocks(kRouteWarps))
     route_kernel(const __grid_constant__ RowProducts products, const float* scores,
                  std::int64_t n_experts, std::int64_t k, std::int32_t* ids, unsigned* done) {
   extern __shared__ __align__(16) std::uint8_t staged[];
@@ -53,7 +53,7 @@ struct Neurons {
 
 // h_j = φ(w_gate · x)(w_up · x) − μ: a warp per neuron, whose gate and up rows are one run.
 template <class Format>
-__global__ void __launch_bounds__(kNeuronWarps* kWarp)
+__global__ void __launch_bounds__(kNeuronWarps* kWarp, min_blocks(kNeuronWarps))
     neurons_kernel(const __grid_constant__ Neurons neurons, Activation phi, const float* x,
                    std::int64_t cols, float* h) {
   __shared__ __align__(16) std::uint8_t staged[kNeuronWarps * RowStream<Format>::kSharedBytes];
@@ -102,7 +102,7 @@ struct Scatter {
 // kScatterWarps-th of them. No atomic additions: a part per group, which the last block adds up in
 // order.
 template <class Format>
-__global__ void __launch_bounds__(kScatterWarps* kWarp)
+__global__ void __launch_bounds__(kScatterWarps* kWarp, min_blocks(kScatterWarps))
     scatter_kernel(const __grid_constant__ Neurons neurons, const __grid_constant__ Scatter to) {
   constexpr int kBuffer = staged_bytes(kGroup / Format::kElems * Format::kBytes);
   __shared__ __align__(16) std::uint8_t staged[kScatterWarps * kScatterDepth * kBuffer];

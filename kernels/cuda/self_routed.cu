@@ -79,7 +79,8 @@ struct GateUp {
 // h of 64 neurons of a token by one block: gate sums, φ, up sums of what is routed. By rows the
 // routed neurons are listed, and a warp takes every kWarps-th of them.
 template <class Format, bool kUpByRows>
-__global__ void __launch_bounds__(kGateWarps<typename Format::Row>* kWarp)
+__global__ void __launch_bounds__(kGateWarps<typename Format::Row>* kWarp,
+                                  min_blocks(kGateWarps<typename Format::Row>))
     gate_up_kernel(const __grid_constant__ GateUp to) {
   using Row = typename Format::Row;
   constexpr int kWarps = kGateWarps<Row>;
@@ -145,7 +146,8 @@ struct Down {
 // Block (p, g, t) sums 64 dims of token t over the kept neurons of group g; the block of a panel
 // that finishes last adds the groups up in order.
 template <class Format>
-__global__ void __launch_bounds__(kDownWarps* kWarp) down_kernel(const __grid_constant__ Down to) {
+__global__ void __launch_bounds__(kDownWarps* kWarp, min_blocks(kDownWarps))
+    down_kernel(const __grid_constant__ Down to) {
   __shared__ PanelShared<kDownWarps> shared;
   __shared__ float sums[kColumnRows];
   const std::int64_t n_units = (to.d_ff + kColumnUnit - 1) / kColumnUnit;

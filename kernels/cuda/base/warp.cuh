@@ -7,6 +7,10 @@ namespace moesaic::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = ~0u;
 
+/// Second argument of __launch_bounds__ for kernels of so many warps a block: 128 registers a
+/// thread. Left to itself the compiler spills some to make room for one block more.
+__host__ __device__ constexpr int min_blocks(int warps) { return 16 / warps; }
+
 /// Sum over the warp's lanes, the same bits in all of them.
 __device__ inline float warp_sum(float v) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(kAllLanes, v, offset);

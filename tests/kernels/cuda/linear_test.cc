@@ -75,12 +75,15 @@ TEST_F(Linear, GroupOfSeveralDTypesEqualsOneByOne) {
   const DeviceMatrix x(normal_values(2 * 256, 5), 2, 256, stream);
   std::vector<DeviceWeights> weights;
   std::vector<DeviceMatrix> together, alone;
+  std::vector<DeviceBuffer<float>> biases;
   std::vector<Product> products;
   for (const Packed* w : {&q, &v, &none, &k}) {
     weights.emplace_back(w->view(), stream);
     together.emplace_back(2, w->view().rows);
     alone.emplace_back(2, w->view().rows);
-    products.push_back({weights.back().view(), x.view(), nullptr, together.back().view()});
+    biases.push_back(on_device(normal_values(size(w->view().rows), 6), stream));
+    products.push_back(
+        {weights.back().view(), x.view(), biases.back().data(), together.back().view()});
     Product one = products.back();
     one.y = alone.back().view();
     linear(one, stream);

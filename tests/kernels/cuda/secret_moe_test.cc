@@ -54,6 +54,9 @@ TEST_F(SecretMoe, SizesAcrossSlicesAndGroups) {
   for (const std::int64_t d_model : {32, 224, 256, 288, 576}) {
     expect_token({.d_model = d_model, .n_shared = 33, .n_experts = 150, .n_active = 70});
   }
+  // Several groups of neurons, the last one short.
+  expect_token(
+      {.experts = DType::BF16, .d_model = 288, .n_shared = 101, .n_experts = 150, .n_active = 102});
   expect_token({.experts = DType::BF16,
                 .router = DType::F32,
                 .d_model = 68,
