@@ -23,20 +23,25 @@ constexpr std::int64_t kLogitsElements = std::int64_t{1} << 25;  // 128 MiB per 
 
 // Runs one sequence at a time through a model and computes logits for blocks of the positions
 // first_scored … first_scored + n_scored − 1, so that memory stays bounded whatever the vocabulary.
+// On a device, where the rows between layers and head stay, a block's rows run when its logits are
+// asked for.
 class SequenceRunner {
  public:
   SequenceRunner(Transformer& model, std::int64_t n_ctx, std::int64_t first_scored,
-                 std::int64_t n_scored)
+                 std::int64_t n_scored, engine::Decoder* on_device = nullptr)
       : model_(model),
-        cache_(model.shape().n_layers, 1, n_ctx, model.shape().n_kv_heads, model.shape().head_dim),
+        on_device_(on_device),
+        cache_(decoder().make_cache(1, n_ctx)),
         first_scored_(first_scored),
         n_scored_(n_scored),
         block_rows_(std::clamp<std::int64_t>(kLogitsElements / model.shape().vocab_size, 1,
                                              std::max<std::int64_t>(n_scored, 1))),
         slots_(static_cast<std::size_t>(n_ctx), 0),
         positions_(static_cast<std::size_t>(n_ctx)),
-        pass_(static_cast<std::size_t>(std::min(kPass, n_ctx) * model.config().d_model)),
-        residual_(static_cast<std::size_t>(n_scored * model.config().d_model)),
+        pass_(on_device
+                  ? 0
+                  : static_cast<std::size_t>(std::min(kPass, n_ctx) * model.config().d_model)),
+        residual_(on_device ? 0 : static_cast<std::size_t>(n_scored * model.config().d_model)),
         logits_(static_cast<std::size_t>(block_rows_ * model.shape().vocab_size)) {
     std::iota(positions_.begin(), positions_.end(), 0);
   }
@@ -47,6 +52,14 @@ class SequenceRunner {
   void run(std::span<const std::int32_t> ids, const engine::Monitor& monitor) {
     const std::int64_t d_model = model_.config().d_model;
     const auto n_ids = static_cast<std::int64_t>(ids.size());
+    if (on_device_ != nullptr) {
+      ids_.assign(ids.begin(), ids.end());
+      for (std::int64_t begin = 0; begin < first_scored_; begin += kPass) {
+        monitor.check();
+        forward(begin, std::min(kPass, first_scored_ - begin), {});
+      }
+      return;
+    }
     for (std::int64_t begin = 0; begin < n_ids; begin += kPass) {
       monitor.check();
       const Clock::time_point start = Clock::now();
@@ -71,20 +84,43 @@ class SequenceRunner {
   }
 
   // Logits [n, vocab_size] after scored positions number first … first + n − 1; n <= block_rows().
+  // Blocks come in order, each once.
   ConstMatrix logits(std::int64_t first, std::int64_t n) {
+    const Matrix logits(logits_.data(), n, model_.shape().vocab_size);
+    if (on_device_ != nullptr) {
+      forward(first_scored_ + first, n, logits);
+      return logits;
+    }
     const Clock::time_point start = Clock::now();
     const std::int64_t d_model = model_.config().d_model;
-    const Matrix logits(logits_.data(), n, model_.shape().vocab_size);
     model_.head(ConstMatrix(residual_.data() + first * d_model, n, d_model), logits);
     seconds_ += std::chrono::duration<double>(Clock::now() - start).count();
     return logits;
   }
 
  private:
+  engine::Decoder& decoder() { return on_device_ != nullptr ? *on_device_ : model_; }
+
+  // Tokens [begin, begin + n) of the sequence on the device; logits of all of them, or of none.
+  void forward(std::int64_t begin, std::int64_t n, Matrix logits) {
+    const Clock::time_point start = Clock::now();
+    const auto part = [&](const auto& all, std::int64_t first, std::int64_t count) {
+      return std::span<const std::int32_t>(all).subspan(static_cast<std::size_t>(first),
+                                                        static_cast<std::size_t>(count));
+    };
+    // Rows are counted like positions, from 0.
+    on_device_->forward({part(ids_, begin, n), part(slots_, begin, n), part(positions_, begin, n),
+                         part(positions_, 0, logits.rows)},
+                        cache_, logits);
+    seconds_ += std::chrono::duration<double>(Clock::now() - start).count();
+  }
+
   Transformer& model_;
+  engine::Decoder* on_device_;
   engine::KvCache cache_;
   std::int64_t first_scored_, n_scored_, block_rows_;
   std::vector<std::int32_t> slots_, positions_;
+  std::vector<std::int32_t> ids_;  // of the sequence, on a device
   AlignedBuffer<float> pass_;      // [min(kPass, n_ctx), d_model]
   AlignedBuffer<float> residual_;  // [n_scored, d_model]
   AlignedBuffer<float> logits_;    // [block_rows, vocab_size]
@@ -241,10 +277,10 @@ double checked_log_sum_exp(const Transformer& model, std::span<const float> logi
 
 Perplexity evaluate_perplexity(Transformer& model, const Tokenizer& tokenizer,
                                std::span<const std::int32_t> tokens, const ChunkOptions& options,
-                               engine::Monitor& monitor) {
+                               engine::Monitor& monitor, engine::Decoder* on_device) {
   Chunks chunks(tokens, tokenizer, options, model.config().context_length);
   check_ids(tokens, model.config().vocab_size);
-  SequenceRunner runner(model, options.n_ctx, chunks.first_scored(), chunks.n_scored());
+  SequenceRunner runner(model, options.n_ctx, chunks.first_scored(), chunks.n_scored(), on_device);
   std::vector<double> nll(static_cast<std::size_t>(runner.block_rows()));
   Mean mean;
   monitor.stage("perplexity", chunks.size());
@@ -326,7 +362,7 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
 }
 
 TokenScores score_tokens(Transformer& model, std::span<const std::int32_t> ids, int top_n,
-                         engine::Monitor& monitor) {
+                         engine::Monitor& monitor, engine::Decoder* on_device) {
   const auto n_ids = static_cast<std::int64_t>(ids.size());
   const ModelConfig& config = model.config();
   require<InputError>(n_ids >= 1 && n_ids <= config.context_length,
@@ -339,7 +375,7 @@ TokenScores score_tokens(Transformer& model, std::span<const std::int32_t> ids, 
   TokenScores scores;
   scores.nll.resize(static_cast<std::size_t>(n_ids - 1));
   if (top_n > 0) scores.top.resize(static_cast<std::size_t>(n_ids));
-  SequenceRunner runner(model, n_ids, 0, n_rows);
+  SequenceRunner runner(model, n_ids, 0, n_rows, on_device);
   monitor.stage("score", n_ids);
   runner.run(ids, monitor);
   for (std::int64_t first = 0; first < n_rows; first += runner.block_rows()) {

@@ -29,11 +29,12 @@ struct Perplexity {
   double tokens_per_second = 0;  // all tokens of the chunks, scored or not
 };
 
-/// `tokens` without BOS. Throws InputError if there is not one whole chunk (says how many tokens
-/// there are and how many are needed).
+/// `tokens` without BOS. `on_device`: where given, the same checkpoint on another device, which
+/// runs in the model's place. Throws InputError if there is not one whole chunk (says how many
+/// tokens there are and how many are needed).
 Perplexity evaluate_perplexity(Transformer& model, const Tokenizer& tokenizer,
                                std::span<const std::int32_t> tokens, const ChunkOptions& options,
-                               engine::Monitor& monitor);
+                               engine::Monitor& monitor, engine::Decoder* on_device = nullptr);
 
 /// Both models over the same chunks, and how far the second strays from the first.
 struct Divergence {
@@ -50,7 +51,7 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
                                std::span<const std::int32_t> tokens, const ChunkOptions& options,
                                engine::Monitor& monitor);
 
-/// Log-probabilities of given ids in one sequence, no BOS added.
+/// Log-probabilities of given ids in one sequence, no BOS added; `on_device` as above.
 struct TokenScores {
   std::vector<double>
       nll;  // −ln p(ids[i+1] | ids[0..i]), natural log, one per token after the first
@@ -62,6 +63,6 @@ struct TokenScores {
   std::vector<Top> top;  // every position, if top_n > 0
 };
 TokenScores score_tokens(Transformer& model, std::span<const std::int32_t> ids, int top_n,
-                         engine::Monitor& monitor);
+                         engine::Monitor& monitor, engine::Decoder* on_device = nullptr);
 
 }  // namespace moesaic::models

@@ -14,13 +14,14 @@ std::vector<Json> bench_json(const BenchedModel& model, const std::vector<Benche
   for (const BenchedTest& test : tests) {
     std::vector<double> nanoseconds;
     double sum = 0;
+    const auto known = [&](double value) { return test.has_limits() ? Json(value) : Json(); };
     for (const double tps : test.result.tokens_per_second) {
       nanoseconds.push_back(1e9 * static_cast<double>(test.work.n_tokens()) / tps);
       sum += nanoseconds.back();
     }
     rows.push_back({{"build_commit", MOESAIC_VERSION},
                     {"cpu_info", cpu},
-                    {"backends", "CPU"},
+                    {"backends", test.backend},
                     {"model_filename", model.path},
                     {"model_type", model.description},
                     {"model_size", model.bytes},
@@ -42,12 +43,12 @@ std::vector<Json> bench_json(const BenchedModel& model, const std::vector<Benche
                     {"stddev_ts", test.result.stddev},
                     {"samples_ns", nanoseconds},
                     {"samples_ts", test.result.tokens_per_second},
-                    {"bytes_per_token", test.result.bytes_per_token},
-                    {"bandwidth_fraction", test.bandwidth_fraction()},
-                    {"read_bandwidth", test.read_bandwidth},
+                    {"bytes_per_token", known(test.result.bytes_per_token)},
+                    {"bandwidth_fraction", known(test.bandwidth_fraction())},
+                    {"read_bandwidth", known(test.read_bandwidth)},
                     {"flops_per_token", test.flops_per_token},
-                    {"flops_fraction", test.flops_fraction()},
-                    {"peak_flops", test.peak_flops}});
+                    {"flops_fraction", known(test.flops_fraction())},
+                    {"peak_flops", known(test.peak_flops)}});
   }
   return rows;
 }
@@ -85,10 +86,15 @@ std::string bench_table(const BenchedModel& model, const std::vector<BenchedTest
   for (const BenchedTest& test : tests) {
     std::vector<std::string> row = {
         model.description, format_bytes(static_cast<double>(model.bytes)),
-        format_count(model.n_params), "CPU", std::to_string(test.threads)};
+        format_count(model.n_params), test.backend, std::to_string(test.threads)};
     if (with_batch) row.push_back(std::to_string(test.work.n_batch));
     row.push_back(test.work.name());
     row.push_back(fmt::format("{:.2f} ± {:.2f}", test.result.mean, test.result.stddev));
+    if (!test.has_limits()) {
+      row.insert(row.end(), {"–", "–"});
+      rows.push_back(std::move(row));
+      continue;
+    }
     row.push_back(fmt::format("{:.3f}", test.result.bytes_per_token / 1e6));
     const double read = test.bandwidth_fraction();
     const double flops = test.flops_fraction();
@@ -101,7 +107,7 @@ std::string bench_table(const BenchedModel& model, const std::vector<BenchedTest
         test.work.name(), test.threads, test.threads == 1 ? "" : "s", test.read_bandwidth / 1e9,
         test.read_range.first / 1e9, test.read_range.second / 1e9, test.peak_flops / 1e9);
   }
-  return markdown_table(rows) + "\n" + limits;
+  return markdown_table(rows) + (limits.empty() ? "" : "\n" + limits);
 }
 
 }  // namespace moesaic::tools

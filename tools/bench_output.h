@@ -23,13 +23,15 @@ struct BenchedTest {
   engine::Work work;
   int threads = 1;
   std::string activations;
-  std::string time;  // ISO 8601, UTC
+  std::string backend = "CPU";  // or CUDA, where nothing below but the result's speeds is known
+  std::string time;             // ISO 8601, UTC
   engine::Throughput result;
   double flops_per_token = 0;
   double read_bandwidth = 0;             // bytes/s, MachineLimits around these repetitions
   std::pair<double, double> read_range;  // its lowest and highest sample
   double peak_flops = 0;                 // FLOP/s, likewise
 
+  bool has_limits() const { return backend == "CPU"; }
   /// Share of the machine's read bandwidth, and of its peak FLOP/s.
   double bandwidth_fraction() const {
     return result.bytes_per_token * result.mean / read_bandwidth;

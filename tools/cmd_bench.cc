@@ -4,6 +4,7 @@
 #include <ctime>
 #include <map>
 #include <memory>
+#include <optional>
 
 #include "engine/throughput.h"
 #include "models/gguf_writer.h"
@@ -88,25 +89,30 @@ void bench(const BenchOptions& options) {
     RunOptions run = options.run;
     run.threads = static_cast<int>(threads);
     Runtime runtime(run);
-    Model model(options.model, runtime.context);
+    Model model(options.model, runtime.context, run.device);
     const TensorTotals totals = tensor_totals(*model.checkpoint->file);
     described.description = describe_model(*model.checkpoint);
     described.bytes = totals.bytes;
     described.n_params = totals.elements;
-    MachineLimits limits(runtime.pool);
+    std::optional<MachineLimits> limits;
+    if (model.on_gpu == nullptr) limits.emplace(runtime.pool);
     for (const engine::Work& work : plan) {
       BenchedTest& test = tests.emplace_back();
+      if (!limits) test.backend = "CUDA";
       test.work = work;
       test.threads = run.threads;
       test.activations = run.activations;
       test.time = utc_now();
       test.flops_per_token = flops_per_token(*model.checkpoint, work);
-      limits.restart();
-      test.result = engine::measure(model.transformer, runtime.tally, work, options.repetitions,
-                                    progress, [&] { limits.sample(); });
-      test.read_bandwidth = limits.read_bandwidth();
-      test.read_range = limits.read_range();
-      test.peak_flops = limits.peak_flops();
+      if (limits) limits->restart();
+      test.result =
+          engine::measure(model.decoder(), runtime.tally, work, options.repetitions, progress, [&] {
+            if (limits) limits->sample();
+          });
+      if (!limits) continue;
+      test.read_bandwidth = limits->read_bandwidth();
+      test.read_range = limits->read_range();
+      test.peak_flops = limits->peak_flops();
     }
   }
   if (options.format == "md") {
@@ -241,6 +247,10 @@ void costs(const BenchOptions& options) {
 /// --crossover has other formats and defaults than the plain table; what the user gave stays.
 void run_bench(BenchOptions& options, const CLI::App& cmd) {
   const auto given = [&](const char* flag) { return cmd.get_option(flag)->count() > 0; };
+  if ((options.costs || options.crossover) && options.run.device != "cpu") {
+    throw UsageError(fmt::format("--device {}: expected cpu with {}", options.run.device,
+                                 options.costs ? "--costs" : "--crossover"));
+  }
   if (options.costs) {
     for (const char* flag :
          {"--crossover", "--n-prompt", "--n-gen", "--batch-size", "--n-depth", "--repetitions"}) {
@@ -305,7 +315,7 @@ void add_bench(CLI::App& app, Action& action) {
       ->check(integer_between(1, 10000))
       ->capture_default_str();
   add_output_option(*cmd, options->format, {"md", "json", "jsonl", "csv", "svg"});
-  add_run_options(*cmd, options->run);
+  add_run_options(*cmd, options->run, Devices::CpuAndCuda);
   // The flag that every command has takes a list here.
   cmd->remove_option(cmd->get_option("--threads"));
   add_list(*cmd, "-t,--threads", options->threads, 1, 1024,

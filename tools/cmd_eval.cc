@@ -22,12 +22,12 @@ struct EvalOptions {
 
 void evaluate(const EvalOptions& options) {
   Runtime runtime(options.run);
-  Model model(options.model, runtime.context);
+  Model model(options.model, runtime.context, options.run.device);
   Progress progress(options.run.quiet);
   warn_beyond_context(model, options.chunks.n_ctx, progress);
   const std::vector<std::int32_t> tokens = read_data(options.data, *model.tokenizer);
-  const models::Perplexity result = models::evaluate_perplexity(model.transformer, *model.tokenizer,
-                                                                tokens, options.chunks, progress);
+  const models::Perplexity result = models::evaluate_perplexity(
+      model.transformer, *model.tokenizer, tokens, options.chunks, progress, model.on_gpu.get());
   if (options.format == "json") {
     print(to_text({{"perplexity", result.perplexity},
                    {"perplexity_stderr", result.perplexity_stderr},
@@ -56,7 +56,7 @@ void add_eval(CLI::App& app, Action& action) {
       ->required();
   add_chunk_options(*cmd, options->chunks);
   add_output_option(*cmd, options->format, {"md", "json"});
-  add_run_options(*cmd, options->run);
+  add_run_options(*cmd, options->run, Devices::CpuAndCuda);
   cmd->footer(
       R"(Non-overlapping chunks, the second half of each scored, BOS in front where the model wants it.
 

@@ -49,7 +49,7 @@ std::string as_table(const Scores& scores, const models::Tokenizer& tokenizer) {
 
 void score(const ScoreOptions& options) {
   Runtime runtime(options.run);
-  Model model(options.model, runtime.context);
+  Model model(options.model, runtime.context, options.run.device);
   Scores scores;
   scores.ids = read_ids(options.ids, model.transformer.shape().vocab_size);
   const std::int64_t context_length = model.transformer.shape().context_length;
@@ -74,7 +74,8 @@ void score(const ScoreOptions& options) {
     const auto size = std::min(static_cast<std::size_t>(n_ctx), ids.size() - first);
     engine::Monitor& monitor = n_chunks > 1 ? static_cast<engine::Monitor&>(silent) : progress;
     append(scores,
-           models::score_tokens(model.transformer, ids.subspan(first, size), options.top, monitor),
+           models::score_tokens(model.transformer, ids.subspan(first, size), options.top, monitor,
+                                model.on_gpu.get()),
            static_cast<std::int64_t>(first));
     if (n_chunks > 1) progress.advance(c + 1, {});
   }
@@ -105,7 +106,7 @@ void add_score(CLI::App& app, Action& action) {
       ->check(integer_between(1, std::int64_t{1} << 40));
   add_output_option(*cmd, options->format, {"json", "md"});
   options->run.activations = "f32";
-  add_run_options(*cmd, options->run);
+  add_run_options(*cmd, options->run, Devices::CpuAndCuda);
   cmd->footer(R"(No BOS is added. nll[i] belongs to ids[i+1]; null where that id opens a chunk.
 
 Examples:

@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "tests/models/tiny_self_routed.h"
 #include "tests/tools/program.h"
 
 namespace moesaic::tools {
@@ -62,6 +63,57 @@ TEST_F(OnCudaDevice, SequencesOfABatchEqualTheCpus) {
   const ProgramRun gpu = run_program(line);
   ASSERT_EQ(gpu.status, 0) << gpu.err;
   EXPECT_EQ(gpu.out, cpu.out);
+}
+
+TEST_F(OnCudaDevice, EvalAndScoreEqualTheCpus) {
+  const TinyModel model({.dtype = DType::Q8_0}, [](TinyModel& m) {
+    add_vocabulary(m);
+    models::add_self_routed(m, {"glu+gate", "glu+input"}, 0.1F, 0.4F);
+  });
+  const TemporaryFolder folder;
+  std::vector<std::string> eval = {"eval",    model.path.string(),
+                                   "--data",  folder.write("text.txt", words(400)),
+                                   "--n-ctx", "48",
+                                   "-o",      "json",
+                                   "-q",      "--activations",
+                                   "f32"};
+  std::vector<std::string> score = {"score", model.path.string(),
+                                    "--ids", folder.write("ids.json", "[5, 9, 1, 40, 7, 7]"),
+                                    "--top", "3",
+                                    "-q"};
+  const ProgramRun cpu = run_program(eval), scored = run_program(score);
+  for (auto* line : {&eval, &score}) line->insert(line->end(), {"--device", "cuda"});
+  const ProgramRun gpu = run_program(eval), scored_on_gpu = run_program(score);
+  ASSERT_EQ(gpu.status, 0) << gpu.err;
+  ASSERT_EQ(scored_on_gpu.status, 0) << scored_on_gpu.err;
+  const double perplexity = cpu.json()["perplexity"].get<double>();
+  EXPECT_NEAR(gpu.json()["perplexity"].get<double>(), perplexity, 1e-4 * perplexity);
+  EXPECT_EQ(gpu.json()["n_tokens_scored"], cpu.json()["n_tokens_scored"]);
+  const nlohmann::json a = scored.json(), b = scored_on_gpu.json();
+  ASSERT_EQ(b["nll"].size(), 5u);
+  for (std::size_t i = 0; i < 5; ++i) {
+    EXPECT_NEAR(b["nll"][i].get<double>(), a["nll"][i].get<double>(), 1e-4);
+    EXPECT_EQ(b["top"][i]["ids"], a["top"][i]["ids"]);
+  }
+}
+
+TEST_F(OnCudaDevice, BenchTellsSpeedsAndNoLimits) {
+  const TinyModel model({}, [](TinyModel& m) { add_vocabulary(m); });
+  std::vector<std::string> line = {"bench", model.path.string(), "-p",   "8", "-n", "4", "-r",
+                                   "2",     "--device",          "cuda", "-q"};
+  const ProgramRun table = run_program(line);
+  ASSERT_EQ(table.status, 0) << table.err;
+  EXPECT_NE(table.out.find("CUDA"), std::string::npos) << table.out;
+  line.insert(line.end(), {"-o", "json"});
+  const nlohmann::json rows = run_program(line).json();
+  ASSERT_EQ(rows.size(), 2u);
+  for (const auto& row : rows) {
+    EXPECT_EQ(row["backends"], "CUDA");
+    EXPECT_GT(row["avg_ts"].get<double>(), 0);
+    EXPECT_TRUE(row["bytes_per_token"].is_null());
+  }
+  line.insert(line.end(), {"--costs"});
+  EXPECT_EQ(run_program(line).status, 2);
 }
 
 }  // namespace

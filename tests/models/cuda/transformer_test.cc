@@ -226,16 +226,32 @@ TEST_F(CudaDecoder, GraphsSurviveLargerBatchesAndOtherCaches) {
   }
 }
 
-// Positions beyond 256 need another graph, and a second block of keys.
+TEST_F(CudaDecoder, CachesOfOneShapeDoNotMix) {
+  const TinyModel tiny({});
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto a = random_ids(6, 5), b = random_ids(6, 6);
+  const auto expected_a = tiny.reference.logits(a), expected_b = tiny.reference.logits(b);
+  Runner first(gpu, 1, 40), second(gpu, 1, 40);
+  for (std::size_t t = 0; t < 6; ++t) {
+    const auto position = static_cast<std::int32_t>(t);
+    EXPECT_LT(relative_error(first.run({a[t]}, {0}, {position}, {0}), {expected_a[t]}), kTolerance);
+    EXPECT_LT(relative_error(second.run({b[t]}, {0}, {position}, {0}), {expected_b[t]}),
+              kTolerance);
+  }
+}
+
+// Position 256 needs another graph, and a second block of keys.
 TEST_F(CudaDecoder, PositionsCrossTheFirstGraphsReach) {
   const TinyModel tiny({.n_layers = 1});
-  TestContext test;
-  Transformer cpu(tiny.load(), test.context);
   CudaTransformer gpu(tiny.load(), 0);
-  const auto prompt = random_ids(250);
-  const auto found = greedy(gpu, prompt, 6);
-  EXPECT_EQ(found.size(), 6u);
-  EXPECT_EQ(found, greedy(cpu, prompt, 6));
+  const auto ids = random_ids(260);
+  const auto expected = tiny.reference.logits(ids);
+  Runner runner(gpu, 1, 300);
+  runner.run_pieces({ids.begin(), ids.begin() + 253}, 253);
+  for (std::size_t t = 253; t < 260; ++t) {
+    const Rows row = runner.run({ids[t]}, {0}, {static_cast<std::int32_t>(t)}, {0});
+    EXPECT_LT(relative_error(row, {expected[t]}), kTolerance) << t;
+  }
 }
 
 TEST_F(CudaDecoder, BadBatchesAreRefused) {
