@@ -210,8 +210,10 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   if (options.data == "self") kept_tokens = state.load_calibration();
   const bool sample = options.data == "self" && !kept_tokens;
   const double sample_cost = sample ? kSampleCost * static_cast<double>(job.n_tokens) : 0;
+  const bool recovers = job.recover.tokens > 0;
   const double recover_cost =
-      kRecoverCost * static_cast<double>(job.recover.tokens + job.recover.scale_tokens);
+      recovers ? kRecoverCost * static_cast<double>(job.recover.tokens + job.recover.scale_tokens)
+               : 0;
   std::optional<LowRankConversion> to_low_rank;
   std::optional<SelfRoutedConversion> to_self_routed;
   if (low_rank) {
@@ -236,7 +238,6 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   report.data_digest = calibration.digest;
   report.n_tokens = static_cast<std::int64_t>(calibration.tokens.size());
 
-  const bool recovers = job.recover.tokens > 0;
   const std::filesystem::path converted = recovers ? state.hybrid_path() : options.output;
   if (low_rank) {
     const std::vector<SavedLayer> layers = to_low_rank->run(calibration, schedule, report, monitor);
