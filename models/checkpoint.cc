@@ -6,6 +6,7 @@
 
 #include "kernels/base/error.h"
 #include "models/architecture.h"
+#include "models/mixture_file.h"
 #include "models/secret_moe_file.h"
 #include "models/self_routed_file.h"
 #include "models/transformer.h"
@@ -100,6 +101,8 @@ LayerWeights read_layer(const GgufFile& file, const ModelConfig& config,
   weights.post_mlp_norm = vector(names.post_mlp_norm, config.d_model);
   if (auto moe = read_secret_moe(file, config, layer)) {
     weights.mlp = *moe;
+  } else if (const auto mixture = read_mixture(file, config, layer)) {
+    weights.mlp = *mixture;
   } else {
     const DenseMlp dense{config.phi, matrix(names.w_gate, config.d_ff, config.d_model),
                          matrix(names.w_up, config.d_ff, config.d_model),

@@ -4,12 +4,14 @@
 #include <cmath>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "engine/kv_cache.h"
 #include "kernels/base/aligned_buffer.h"
 #include "kernels/base/error.h"
 #include "kernels/quant.h"
+#include "models/mixture_expert.h"
 
 namespace moesaic::models {
 namespace {
@@ -18,8 +20,8 @@ Matrix take(Workspace& workspace, std::int64_t rows, std::int64_t cols) {
   return {workspace.take<float>(static_cast<std::size_t>(rows * cols)).data(), rows, cols};
 }
 
-// What a layer did with one window: its MLP's input x [n, d_model], and of a secret MoE the ids
-// that were selected [n, n_active].
+// What a layer did with one window: its MLP's input x [n, d_model], and where there is a router the
+// ids that were selected [n, n_selected()].
 using LayerVisitor = std::function<void(int layer, std::int64_t first_token, ConstMatrix x,
                                         std::span<const std::int32_t> selected)>;
 
@@ -51,10 +53,8 @@ void visit_layers(Transformer& model, std::span<const std::int32_t> tokens, std:
       const Mlp& mlp = model.checkpoint().layers[static_cast<std::size_t>(layer)].mlp;
       const Matrix x = take(workspace, n, config.d_model);
       const Matrix y = take(workspace, n, config.d_model);
-      std::span<std::int32_t> selected;
-      if (const auto* moe = std::get_if<kernels::SecretMoeView>(&mlp)) {
-        selected = workspace.take<std::int32_t>(static_cast<std::size_t>(n * moe->n_active));
-      }
+      const std::span<std::int32_t> selected =
+          workspace.take<std::int32_t>(static_cast<std::size_t>(n * n_selected(mlp)));
       model.mlp_input(layer, r, x);
       mlp_forward(model.context(), mlp, {.x = x}, y, selected);
       visit(layer, first, x, selected);
@@ -140,6 +140,7 @@ struct Wanted {
   double mean = 0;              // μ
   double down_norm = 0;         // ‖w_down‖
   Strongest strongest;
+  std::optional<MixtureExpert> of_mixture = {};
 
   double contribution(kernels::Activation phi, const float* x) const {
     const double g = std::inner_product(gate.begin(), gate.end(), x, 0.0);
@@ -172,6 +173,10 @@ Wanted wanted_expert(const Checkpoint& checkpoint, ExpertId id, std::size_t n) {
     wanted.mean = moe->expert_mean[static_cast<std::size_t>(id.expert)];
     return wanted;
   }
+  if (const auto* mixture = std::get_if<kernels::MixtureView>(&mlp)) {
+    wanted.of_mixture.emplace(*mixture, id.expert);
+    return wanted;
+  }
   const WeightView& w_down = std::get<kernels::SelfRoutedView>(mlp).w_down;
   std::vector<float> whole(static_cast<std::size_t>(w_down.cols));
   for (std::int64_t r = 0; r < w_down.rows; ++r) {
@@ -182,10 +187,29 @@ Wanted wanted_expert(const Checkpoint& checkpoint, ExpertId id, std::size_t n) {
   return wanted;
 }
 
+// The layer once more, for its gates.
+void add_mixture_firings(Context& ctx, const kernels::MixtureView& layer, int index,
+                         std::int64_t first, ConstMatrix x, std::vector<Wanted>& wanted) {
+  const auto k = static_cast<std::size_t>(layer.n_active);
+  const auto n_selected = static_cast<std::size_t>(x.rows) * k;
+  const auto ids = ctx.workspace.take<std::int32_t>(n_selected);
+  const auto gates = ctx.workspace.take<float>(n_selected);
+  kernels::mixture(ctx, layer, x, take(ctx.workspace, x.rows, x.cols), ids, gates);
+  for (Wanted& w : wanted) {
+    if (w.id.layer != index) continue;
+    for (std::size_t i = 0; i < n_selected; ++i) {
+      if (ids[i] != w.id.expert) continue;
+      const auto t = static_cast<std::int64_t>(i / k);
+      w.strongest.add({first + t, std::abs(gates[i]) * w.of_mixture->length(x.row(t))});
+    }
+  }
+}
+
 }  // namespace
 
 std::int64_t n_experts(const Mlp& mlp) {
   if (const auto* moe = std::get_if<kernels::SecretMoeView>(&mlp)) return moe->n_experts();
+  if (const auto* mixture = std::get_if<kernels::MixtureView>(&mlp)) return mixture->n_experts();
   const auto* routed = std::get_if<kernels::SelfRoutedView>(&mlp);
   return routed != nullptr ? routed->d_ff() : 0;
 }
@@ -239,8 +263,12 @@ std::vector<std::vector<Firing>> strongest_firings(Transformer& model,
           }
           return;
         }
-        const auto& routed = std::get<kernels::SelfRoutedView>(mlp);
         const Workspace::Scope scope(model.context().workspace);
+        if (const auto* mixture = std::get_if<kernels::MixtureView>(&mlp)) {
+          add_mixture_firings(model.context(), *mixture, layer, first, x, wanted);
+          return;
+        }
+        const auto& routed = std::get<kernels::SelfRoutedView>(mlp);
         const RoutedActivations found = routed_activations(model.context(), routed, x);
         for (Wanted& w : wanted) {
           if (w.id.layer != layer) continue;

@@ -9,11 +9,11 @@
 
 namespace moesaic::models {
 
-/// Experts that the layer chooses from per token: the routed experts of a secret MoE, the neurons
-/// of a self-routed layer, none of a dense MLP.
+/// Experts that the layer chooses from per token: those behind a router, the neurons of a
+/// self-routed layer, none of a dense MLP.
 std::int64_t n_experts(const Mlp& mlp);
 
-/// How often each expert fired: was selected by the router (secret MoE), was kept (self-routed).
+/// How often each expert fired: was selected by the router, was kept (self-routed).
 struct ExpertUsage {
   std::int64_t n_tokens = 0;
   std::vector<std::vector<std::int64_t>> counts;  // [n_layers][n_experts], empty for a dense layer
@@ -38,8 +38,8 @@ struct Firing {
 
 /// For each of `experts` the (at most) n firings of the largest contribution, largest first, the
 /// earlier token on ties: |f_i(x) − μ_i| ‖w_down,i‖ for a secret MoE, |f_i(x)| ‖w_down,i‖ for a
-/// self-routed layer. Windows and errors as above, and InputError for an expert that the layer does
-/// not have.
+/// self-routed layer, the length of what the gated expert adds in a mixture. Windows and errors as
+/// above, and InputError for an expert that the layer does not have.
 std::vector<std::vector<Firing>> strongest_firings(Transformer& model,
                                                    std::span<const std::int32_t> tokens,
                                                    std::int64_t n_ctx,

@@ -28,6 +28,8 @@ std::int64_t weights(const kernels::SecretMoeView& moe) {
          3 * d_model * (moe.n_shared() + moe.n_active);
 }
 
+std::int64_t weights(const kernels::MixtureView& layer) { return kernels::multiply_adds(layer); }
+
 std::int64_t weights(const kernels::SelfRoutedView& layer) {
   const double shares =
       static_cast<double>(layer.input_share) +
@@ -49,8 +51,13 @@ std::int64_t mlp_forward(Context& ctx, const Mlp& mlp, const kernels::LinearInpu
   }
   kernels::read_ahead(ctx, next);
   const Workspace::Scope scope(ctx.workspace);
-  kernels::secret_moe(ctx, std::get<kernels::SecretMoeView>(mlp), kernels::normed(ctx, input), y,
-                      kernels::MoePath::Auto, selected);
+  const ConstMatrix x = kernels::normed(ctx, input);
+  if (const auto* mixture = std::get_if<kernels::MixtureView>(&mlp)) {
+    kernels::mixture(ctx, *mixture, x, y, selected);
+  } else {
+    kernels::secret_moe(ctx, std::get<kernels::SecretMoeView>(mlp), x, y, kernels::MoePath::Auto,
+                        selected);
+  }
   return y.rows * multiply_adds(mlp);
 }
 
@@ -63,7 +70,15 @@ kernels::Upcoming first_weights(const Mlp& mlp) {
     if (routed->gate_columns != nullptr) return {};
     return {.weights = {routed->w_gate}};
   }
-  return {.weights = {std::get<kernels::SecretMoeView>(mlp).router_v}};
+  // A mixture's products have no panels to read ahead.
+  const auto* moe = std::get_if<kernels::SecretMoeView>(&mlp);
+  return moe != nullptr ? kernels::Upcoming{.weights = {moe->router_v}} : kernels::Upcoming{};
+}
+
+std::int64_t n_selected(const Mlp& mlp) {
+  if (const auto* moe = std::get_if<kernels::SecretMoeView>(&mlp)) return moe->n_active;
+  const auto* mixture = std::get_if<kernels::MixtureView>(&mlp);
+  return mixture != nullptr ? mixture->n_active : 0;
 }
 
 std::int64_t multiply_adds(const Mlp& mlp) {

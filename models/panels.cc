@@ -20,8 +20,8 @@ void pack_all(Checkpoint& checkpoint, ThreadPool& pool, kernels::Pieces& pieces)
       }
     } else if (auto* routed = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
       kernels::pack_self_routed(*routed, pool, pieces);
-    } else {
-      kernels::pack_secret_moe(std::get<kernels::SecretMoeView>(layer.mlp), pool, pieces);
+    } else if (auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
+      kernels::pack_secret_moe(*moe, pool, pieces);
     }
   }
   kernels::pack_matrix(checkpoint.head, pool, pieces);

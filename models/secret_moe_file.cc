@@ -9,90 +9,11 @@
 #include <vector>
 
 #include "kernels/base/error.h"
+#include "models/layer_reader.h"
+#include "models/mixture_file.h"
 #include "models/self_routed_file.h"
 
 namespace moesaic::models {
-namespace {
-
-// Tensor names behind "blk.N.moe.".
-constexpr std::string_view kShared = "shared.weight";
-constexpr std::string_view kExperts = "experts.weight";
-constexpr std::string_view kExpertMean = "experts.mean";
-constexpr std::string_view kRouterV = "router_v.weight";
-constexpr std::string_view kRouterU = "router_u.weight";
-constexpr std::string_view kRouterBias = "router.bias";
-constexpr std::string_view kBypassQ = "bypass_q.weight";
-constexpr std::string_view kBypassP = "bypass_p.weight";
-constexpr std::string_view kBias = "bias";
-
-std::string tensor_name(int layer, std::string_view part) {
-  return fmt::format("blk.{}.moe.{}", layer, part);
-}
-
-/// Checked access to one layer's tensors.
-class LayerReader {
- public:
-  LayerReader(const GgufFile& file, int layer) : file_(file), layer_(layer) {}
-
-  bool has(std::string_view part) const {
-    return file_.find_tensor(tensor_name(layer_, part)) != nullptr;
-  }
-
-  /// Size of the slowest dimension of a tensor that has to be there, with `rank` dimensions.
-  std::int64_t leading_dim(std::string_view part, std::size_t rank) const {
-    const std::string name = tensor_name(layer_, part);
-    const GgufTensor* tensor = file_.find_tensor(name);
-    require<FormatError>(tensor != nullptr, "{}: {} is missing", file_.path().string(), name);
-    require<FormatError>(tensor->dims.size() == rank, "{}: {} is [{}], expected {} dimensions",
-                         file_.path().string(), name, fmt::join(tensor->dims, ", "), rank);
-    return tensor->dims[0];
-  }
-
-  WeightView weight(std::string_view part, std::initializer_list<std::int64_t> dims) const {
-    return file_.expect(tensor_name(layer_, part), std::span(dims.begin(), dims.size())).matrix();
-  }
-
-  std::span<const float> vector(std::string_view part, std::int64_t n) const {
-    const std::array<std::int64_t, 1> dims = {n};
-    const GgufTensor& tensor = file_.expect(tensor_name(layer_, part), dims);
-    require<FormatError>(tensor.dtype == DType::F32, "{}: {} is of type {}, expected F32",
-                         file_.path().string(), tensor.name, traits(tensor.dtype).name);
-    // The reader places tensors on multiples of 8 bytes at least.
-    return {reinterpret_cast<const float*>(tensor.data), static_cast<std::size_t>(n)};
-  }
-
- private:
-  const GgufFile& file_;
-  int layer_;
-};
-
-/// Entry `layer` of a per-layer metadata array, which has to have one entry per layer.
-template <class T>
-const T& layer_entry(const GgufFile& file, std::string_view key, const std::vector<T>& entries,
-                     const ModelConfig& config, int layer) {
-  require<FormatError>(entries.size() == static_cast<std::size_t>(config.n_layers),
-                       "{}: metadata key {} has {} entries, expected {}, one per layer",
-                       file.path().string(), key, entries.size(), config.n_layers);
-  require<FormatError>(layer >= 0 && layer < config.n_layers,
-                       "{}: layer {} asked for, expected 0 to {}", file.path().string(), layer,
-                       config.n_layers - 1);
-  return entries[static_cast<std::size_t>(layer)];
-}
-
-/// The matrix in `data`; a default view where it has no elements, as from a file without it.
-WeightView packed_view(const AlignedBuffer<std::byte>& data, DType dtype, std::int64_t rows,
-                       std::int64_t cols) {
-  WeightView view;
-  if (rows == 0 || cols == 0) return view;
-  view.data = data.data();
-  view.dtype = dtype;
-  view.rows = rows;
-  view.cols = cols;
-  return view;
-}
-
-}  // namespace
-
 bool is_hybrid(const GgufFile& file) {
   if (file.find(kKeyLayerKind) == nullptr) return false;
   const std::vector<std::string> kinds = file.get_strings(kKeyLayerKind);
@@ -108,9 +29,10 @@ std::string layer_kind(const GgufFile& file, const ModelConfig& config, int laye
   const std::vector<std::string> kinds = file.get_strings(kKeyLayerKind);
   const std::string& kind = layer_entry(file, kKeyLayerKind, kinds, config, layer);
   constexpr std::array kKnown = {kKindDense, kKindGluLowRank, kKindGluGate, kKindGluInput};
-  require<FormatError>(std::find(kKnown.begin(), kKnown.end(), kind) != kKnown.end(),
-                       "{}: layer {} is of kind \"{}\", expected one of {}", path, layer, kind,
-                       fmt::join(kKnown, ", "));
+  require<FormatError>(
+      std::find(kKnown.begin(), kKnown.end(), kind) != kKnown.end() || mixture_kind(kind),
+      "{}: layer {} is of kind \"{}\", expected one of {}, or {}", path, layer, kind,
+      fmt::join(kKnown, ", "), kMixtureKinds);
   return kind;
 }
 
@@ -143,11 +65,7 @@ std::optional<kernels::SecretMoeView> read_secret_moe(const GgufFile& file,
     view.bypass_p = in.weight(kBypassP, {d_model, bypass_rank});
   }
 
-  const std::vector<std::int64_t> active = file.get_ints(kKeyLayerActive);
-  view.n_active = layer_entry(file, kKeyLayerActive, active, config, layer);
-  require<FormatError>(view.n_active >= 0 && view.n_active <= n_experts,
-                       "{}: {} of layer {} is {}, expected 0 to {}, the number of experts", path,
-                       kKeyLayerActive, layer, view.n_active, n_experts);
+  view.n_active = read_n_active(file, config, layer, n_experts);
   return view;
 }
 

@@ -163,16 +163,16 @@ void Transformer::attend(int layer, const kernels::TokenPlaces& places, kernels:
 void Transformer::mlp_block(int layer, Matrix r) {
   const LayerWeights& w = checkpoint_->layers[static_cast<std::size_t>(layer)];
   const kernels::LinearInput input{r, w.mlp_norm, config().norm_eps};
-  const auto* moe = std::get_if<kernels::SecretMoeView>(&w.mlp);
+  const std::int64_t n_active = n_selected(w.mlp);
   const Workspace::Scope scope(ctx_.workspace);
   std::span<std::int32_t> selected;
-  if (observer_ && moe != nullptr) {
-    selected = ctx_.workspace.take<std::int32_t>(static_cast<std::size_t>(r.rows * moe->n_active));
+  if (observer_ && n_active > 0) {
+    selected = ctx_.workspace.take<std::int32_t>(static_cast<std::size_t>(r.rows * n_active));
   }
   const Matrix y = take(ctx_.workspace, r.rows, r.cols);
   const std::int64_t work = mlp_forward(ctx_, w.mlp, input, y, selected, first_weights(layer + 1));
   ctx_.tally.add_mlp_work(work, 3 * r.rows * r.cols * config().d_ff);
-  if (observer_ && moe != nullptr) observer_(layer, r.rows, selected);
+  if (observer_ && n_active > 0) observer_(layer, r.rows, selected);
   add_mlp_output(layer, y, r);
 }
 

@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "models/expert_usage.h"
+#include "models/mixture_file.h"
 #include "models/mlp.h"
 #include "models/secret_moe_file.h"
 #include "models/self_routed_file.h"
@@ -77,11 +78,22 @@ Json layer_json(const models::Checkpoint& checkpoint, std::size_t layer) {
     out["kind"] = models::kKindGluLowRank;
     out["n_shared"] = moe->n_shared();
     out["n_experts"] = moe->n_experts();
+    out["expert_neurons"] = 1;
     out["n_active"] = moe->n_active;
     out["router_rank"] = moe->router_rank();
     out["bypass_rank"] = moe->bypass_rank();
     out["expert_dtype"] = traits(moe->experts.dtype).name;
     out["router_dtype"] = traits(moe->router_v.dtype).name;
+  } else if (const auto* mixture = std::get_if<kernels::MixtureView>(&mlp)) {
+    out["kind"] = models::kind_name(mixture->kind);
+    out["n_shared"] = mixture->n_shared();
+    out["n_experts"] = mixture->n_experts();
+    out["expert_neurons"] = mixture->block;
+    out["n_active"] = mixture->n_active;
+    out["router_rank"] = mixture->router_rank();
+    out["bypass_rank"] = mixture->bypass_rank();
+    out["expert_dtype"] = traits(mixture->experts.dtype).name;
+    out["router_dtype"] = traits(mixture->router_u.dtype).name;
   } else {
     const auto& weights = std::get<models::DenseMlp>(mlp);
     out["kind"] = models::kKindDense;
@@ -227,11 +239,12 @@ std::string as_tables(const Json& description) {
     metadata.push_back({key, text});
   }
   std::vector<std::vector<std::string>> layers = {{"layer", "kind", "shared", "experts", "selected",
-                                                   "router rank", "bypass rank", "dtype",
-                                                   "active"}};
+                                                   "neurons each", "router rank", "bypass rank",
+                                                   "dtype", "active"}};
   for (const Json& layer : description["layers"]) {
     layers.push_back({cell(layer, "layer"), cell(layer, "kind"), cell(layer, "n_shared"),
-                      cell(layer, "n_experts"), cell(layer, "n_active"), cell(layer, "router_rank"),
+                      cell(layer, "n_experts"), cell(layer, "n_active"),
+                      cell(layer, "expert_neurons"), cell(layer, "router_rank"),
                       cell(layer, "bypass_rank"),
                       cell(layer, layer.contains("dtype") ? "dtype" : "expert_dtype"),
                       cell(layer, "active_fraction")});

@@ -24,16 +24,26 @@ std::vector<double> paired_ratios(const CrossoverPoint& point) {
   return ratios;
 }
 
+/// fn(n_active, n_experts) where the layer has experts behind a router.
+template <class Layer, class Fn>
+void with_router(Layer& layer, Fn&& fn) {
+  if (auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
+    fn(moe->n_active, moe->n_experts());
+  } else if (auto* mixture = std::get_if<kernels::MixtureView>(&layer.mlp)) {
+    fn(mixture->n_active, mixture->n_experts());
+  }
+}
+
 /// The hybrid with every layer's number of active neurons times `factor`, at most all of them. A
 /// layer that the converter gave none takes part as if it had one.
 std::shared_ptr<const models::Checkpoint> scaled(const models::Checkpoint& hybrid, double factor) {
   auto copy = std::make_shared<models::Checkpoint>(hybrid);
   for (models::LayerWeights& layer : copy->layers) {
-    auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp);
-    if (moe == nullptr) continue;
-    const auto own = static_cast<double>(std::max<std::int64_t>(moe->n_active, 1));
-    moe->n_active = static_cast<std::int64_t>(
-        std::llround(std::min(factor * own, static_cast<double>(moe->n_experts()))));
+    with_router(layer, [&](std::int64_t& n_active, std::int64_t n_experts) {
+      const auto own = static_cast<double>(std::max<std::int64_t>(n_active, 1));
+      n_active = static_cast<std::int64_t>(
+          std::llround(std::min(factor * own, static_cast<double>(n_experts))));
+    });
   }
   return copy;
 }
@@ -42,10 +52,10 @@ std::shared_ptr<const models::Checkpoint> scaled(const models::Checkpoint& hybri
 double largest_factor(const models::Checkpoint& hybrid) {
   double factor = 0;
   for (const models::LayerWeights& layer : hybrid.layers) {
-    const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp);
-    if (moe == nullptr) continue;
-    factor = std::max(factor, static_cast<double>(moe->n_experts()) /
-                                  static_cast<double>(std::max<std::int64_t>(moe->n_active, 1)));
+    with_router(layer, [&](std::int64_t n_active, std::int64_t n_experts) {
+      factor = std::max(factor, static_cast<double>(n_experts) /
+                                    static_cast<double>(std::max<std::int64_t>(n_active, 1)));
+    });
   }
   return factor;
 }

@@ -12,6 +12,7 @@
 #include "converter/recovery/trainer.h"
 #include "models/architecture.h"
 #include "models/gguf_writer.h"
+#include "models/mixture_file.h"
 
 namespace moesaic::converter {
 namespace {
@@ -145,9 +146,15 @@ void train(Trainer& trainer, const RecoverOptions& options, std::string_view sta
   if (trainer.step_index() > first_step) monitor.line(breakdown(trainer, since(start)));
 }
 
-// Refuses before the training what could not be written after it.
+// Refuses before the training what cannot be trained or could not be written after it.
 void check_types(const models::Checkpoint& hybrid, std::optional<DType> type) {
   for (const models::LayerWeights& layer : hybrid.layers) {
+    if (const auto* mixture = std::get_if<kernels::MixtureView>(&layer.mlp)) {
+      throw InputError(fmt::format(
+          "{}: holds a layer of kind {}, expected dense, glu+low_rank, glu+gate or glu+input ones: "
+          "only these are trained end to end",
+          hybrid.file->path().string(), models::kind_name(mixture->kind)));
+    }
     if (const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
       writable_type(moe->experts.dtype, type, moe->d_model());
     } else if (const auto* routed = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {

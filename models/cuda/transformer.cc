@@ -31,6 +31,12 @@ std::shared_ptr<const Checkpoint> on_device(std::shared_ptr<const Checkpoint> ch
                                   std::int64_t{c.n_kv_heads} * c.head_dim}) {
     require<ShapeError>(cols % 4 == 0, "cuda: rows of {} elements, expected a multiple of 4", cols);
   }
+  for (std::size_t i = 0; i < checkpoint->layers.size(); ++i) {
+    require<InputError>(
+        !std::holds_alternative<kernels::MixtureView>(checkpoint->layers[i].mlp),
+        "{}: layer {} is a mixture: expected dense, glu+low_rank or self-routed layers on CUDA",
+        checkpoint->file->path().string(), i);
+  }
   cuda::use_device(device);
   return checkpoint;
 }

@@ -33,11 +33,12 @@ INSTANTIATE_TEST_SUITE_P(Targets, Mixture, every_target(), target_name);
 TEST_P(Mixture, EqualsTheDefinitionForEveryKind) {
   for (const MixtureKind& kind : all_kinds()) {
     for (const std::int64_t block : {1, 4, 16}) {
-      const MixtureOptions o = {.kind = kind, .block = block};
+      const MixtureOptions o = {
+          .kind = kind, .d_model = 64, .n_experts = 16, .block = block, .n_active = 5};
       SCOPED_TRACE(text(o));
       const MixtureLayer layer(o);
       ASSERT_NO_THROW(check_shapes(layer.view));
-      const std::vector<float> x = normal_values(size(5 * o.d_model), 20);
+      const std::vector<float> x = normal_values(size(4 * o.d_model), 20);
       Lender lender(2);
       const MixtureResult batch = run(lender, layer.view, x);
       expect_layer(layer.view, x, batch);

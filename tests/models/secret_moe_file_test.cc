@@ -171,10 +171,10 @@ TEST_F(SecretMoeFile, UnknownVersionAndKindListTheKnown) {
                }),
                "hybrid.gguf: moesaic.format_version is 2, expected 1");
   EXPECT_PRED2(
-      ends_with, error([](auto&, auto& w) {
+      contains, error([](auto&, auto& w) {
         w.set(std::string(kKeyLayerKind), GgufValue::string_array({"dense", "peer"}));
       }),
-      "layer 1 is of kind \"peer\", expected one of dense, glu+low_rank, glu+gate, glu+input");
+      "layer 1 is of kind \"peer\", expected one of dense, glu+low_rank, glu+gate, glu+input, or ");
 }
 
 TEST_F(SecretMoeFile, MetadataHasOneEntryPerLayer) {
