@@ -114,6 +114,34 @@ Unexplained LayerData::unexplained(std::int64_t first, ConstMatrix y_hat) const 
   return out;
 }
 
+void finish_layer(Context& ctx, LayerData& data, std::int64_t n_ctx, std::string_view name) {
+  data.sink.resize(data.x.size() / size(data.d_model));
+  const std::int64_t n_windows = data.n_tokens() / n_ctx;
+  const std::int64_t n_held_out = std::max<std::int64_t>(1, n_windows / 16);
+  const std::int64_t n_choose = std::max<std::int64_t>(1, n_windows / 32);
+  data.n_fit = (n_windows - n_held_out - n_choose) * n_ctx;
+  data.n_choose = n_choose * n_ctx;
+
+  std::vector<double> length(data.sink.size());
+  for_rows(ctx, data.n_tokens(), [&](std::int64_t t) {
+    length[size(t)] = squared_length(data.outputs().row(t), data.d_model) +
+                      0 * squared_length(data.inputs().row(t), data.d_model);  // NaN if either is
+  });
+  for (const double v : length) {
+    require<FormatError>(std::isfinite(v), "{} gives NaN or infinite values on the text", name);
+  }
+  std::vector<double> sorted = length;
+  const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>(sorted.size() / 2);
+  std::nth_element(sorted.begin(), middle, sorted.end());
+  for (std::int64_t t = 0; t < data.n_tokens(); ++t) {
+    data.sink[size(t)] = t % n_ctx == 0 || length[size(t)] > kSinkNorm * kSinkNorm * *middle;
+  }
+  require<InputError>(normalise(ctx, data),
+                      "{}: the MLP gives the same output for all tokens of the text: there is no "
+                      "variance to explain",
+                      name);
+}
+
 LayerData collect_layer(models::Transformer& model, const Calibration& text, int layer,
                         engine::Monitor& monitor) {
   const std::int64_t n_windows = text.n_windows();
@@ -138,36 +166,14 @@ LayerData collect_layer(models::Transformer& model, const Calibration& text, int
     }
     stream.attention(layer);
     data.x = AlignedBuffer<float>(text.tokens.size() * size(data.d_model));
-    data.sink.resize(text.tokens.size());
-    stream.mlp_input(layer, {data.x.data(), data.n_tokens(), data.d_model});
+    stream.mlp_input(layer, {data.x.data(), stream.n_tokens(), data.d_model});
   }
   data.y = AlignedBuffer<float>(data.x.size());
-  forward_rows(model.context(), mlp, data.inputs(), {data.y.data(), data.n_tokens(), data.d_model});
-  const std::int64_t n_held_out = std::max<std::int64_t>(1, n_windows / 16);
-  const std::int64_t n_choose = std::max<std::int64_t>(1, n_windows / 32);
-  data.n_fit = (n_windows - n_held_out - n_choose) * text.n_ctx;
-  data.n_choose = n_choose * text.n_ctx;
-
-  const std::string file = model.checkpoint().file->path().string();
-  std::vector<double> length(data.sink.size());
-  for_rows(model.context(), data.n_tokens(), [&](std::int64_t t) {
-    length[size(t)] = squared_length(data.outputs().row(t), data.d_model) +
-                      0 * squared_length(data.inputs().row(t), data.d_model);  // NaN if either is
-  });
-  for (const double v : length) {
-    require<FormatError>(std::isfinite(v), "{}: layer {} gives NaN or infinite values on the text",
-                         file, layer);
-  }
-  std::vector<double> sorted = length;
-  const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>(sorted.size() / 2);
-  std::nth_element(sorted.begin(), middle, sorted.end());
-  for (std::int64_t t = 0; t < data.n_tokens(); ++t) {
-    data.sink[size(t)] = t % text.n_ctx == 0 || length[size(t)] > kSinkNorm * kSinkNorm * *middle;
-  }
-  require<InputError>(normalise(model.context(), data),
-                      "{}: the MLP of layer {} gives the same output for all tokens of the text: "
-                      "there is no variance to explain",
-                      file, layer);
+  const auto n_tokens = static_cast<std::int64_t>(text.tokens.size());
+  forward_rows(model.context(), mlp, {data.x.data(), n_tokens, data.d_model},
+               {data.y.data(), n_tokens, data.d_model});
+  finish_layer(model.context(), data, text.n_ctx,
+               fmt::format("{}: layer {}", model.checkpoint().file->path().string(), layer));
   return data;
 }
 

@@ -53,9 +53,14 @@ struct LayerData {
 /// long as the median token's (a massive activation).
 inline constexpr double kSinkNorm = 10;
 
-/// Runs the model over the windows as far as `layer` and keeps what its MLP sees and gives. A
-/// sixteenth of the windows at the end is held out and half as many before them choose the rate,
-/// one each at least. Throws InputError (fewer than three windows; outputs that do not vary),
+/// From x, y and d_model of whole windows of n_ctx tokens, three at least, to the rest: the split
+/// (a sixteenth of the windows at the end is held out and half as many before them choose the rate,
+/// one each at least), the sinks, y over y_scale. Throws FormatError("NAME gives NaN or infinite
+/// values on the text"), InputError (outputs that do not vary).
+void finish_layer(Context& ctx, LayerData& data, std::int64_t n_ctx, std::string_view name);
+
+/// Runs the model over the windows as far as `layer` and keeps what its MLP sees and gives, as
+/// finish_layer() says. Throws InputError (fewer than three windows; outputs that do not vary),
 /// FormatError("FILE: layer N gives NaN or infinite values on the text"), Interrupted.
 LayerData collect_layer(models::Transformer& model, const Calibration& text, int layer,
                         engine::Monitor& monitor);

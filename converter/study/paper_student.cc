@@ -28,9 +28,13 @@ std::string_view family_name(Family family) {
     case Family::FullRank:
       return "full-rank";
     case Family::Dense:
+      return "dense";
+    case Family::Peer:
+      return "peer";
+    case Family::Sgatlin:
       break;
   }
-  return "dense";
+  return "sgatlin";
 }
 
 std::optional<Family> family_from_name(std::string_view name) {
@@ -38,6 +42,28 @@ std::optional<Family> family_from_name(std::string_view name) {
     if (family_name(f) == name) return f;
   }
   return std::nullopt;
+}
+
+kernels::MixtureKind mixture_kind(Family family) {
+  using kernels::ExpertKind;
+  using kernels::GateKind;
+  using kernels::RouterKind;
+  switch (family) {
+    case Family::FullRank:
+      return {ExpertKind::Gelu, RouterKind::FullRank, GateKind::Softmax};
+    case Family::Peer:
+      return {ExpertKind::Gelu, RouterKind::ProductKey, GateKind::Softmax};
+    case Family::Sgatlin:
+      return {ExpertKind::Linear, RouterKind::ProductKey, GateKind::Score};
+    case Family::LowRank:
+    case Family::Dense:
+      break;
+  }
+  return {ExpertKind::Gelu, RouterKind::LowRank, GateKind::Softmax};
+}
+
+std::int64_t StudentShape::n_keys() const {
+  return std::llround(std::sqrt(static_cast<double>(n_experts)));
 }
 
 StudentShape student_shape(Family family, std::int64_t d_model, std::int64_t n_neurons,
@@ -55,37 +81,43 @@ StudentShape student_shape(Family family, std::int64_t d_model, std::int64_t n_n
                       "active neurons: {} of which a {} student selects {} from {} experts, "
                       "expected at most as many as there are",
                       n_neurons, family_name(family), s.n_active, n_experts);
-  if (family == Family::LowRank) {
+  if (family != Family::FullRank) {
     require<InputError>(router_rank >= 1, "router rank: {}, expected at least 1", router_rank);
     s.router_rank = router_rank;
   }
+  require<InputError>(!s.product_keys() || s.n_keys() * s.n_keys() == n_experts,
+                      "experts: {}, expected a square: {} has product keys", n_experts,
+                      family_name(family));
   return s;
 }
 
 std::int64_t multiply_adds(const StudentShape& s) {
-  const std::int64_t neurons = 2 * s.d_model * (s.n_shared + s.n_active);
+  const std::int64_t neurons = 2 * s.d_model * (s.n_shared + s.n_active) + s.n_active;
   switch (s.family) {
     case Family::LowRank:
       return neurons + s.router_rank * (s.d_model + s.n_experts);
     case Family::FullRank:
       return neurons + s.d_model * s.n_experts;
     case Family::Dense:
+      return neurons;
+    case Family::Peer:
+    case Family::Sgatlin:
       break;
   }
-  return neurons;
+  return neurons + 2 * s.router_rank * (s.d_model + s.n_keys());
 }
 
 PaperStudent::PaperStudent(const StudentShape& s)
     : shape(s),
       shared_in(size(s.n_shared * s.d_model)),
       shared_out(shared_in.size()),
-      shared_bias(size(s.n_shared)),
+      shared_bias(size(s.family == Family::Sgatlin ? 0 : s.n_shared)),
       expert_in(size(s.n_experts * s.d_model)),
       expert_out(expert_in.size()),
-      expert_bias(size(s.n_experts)),
-      router_v(size(s.router_rank * s.d_model)),
-      router_u(size(s.n_experts * router_cols())),
-      router_bias(size(s.n_experts)),
+      expert_bias(size(s.family == Family::Sgatlin ? 0 : s.n_experts)),
+      router_v(size((s.product_keys() ? 2 : 1) * s.router_rank * s.d_model)),
+      router_u(size(s.n_scores() * router_cols())),
+      router_bias(size(s.n_scores())),
       bias(size(s.d_model)) {}
 
 std::vector<std::span<float>> PaperStudent::tensors() {

@@ -7,6 +7,7 @@
 #include "kernels/exponential.h"
 #include "kernels/gathered_rows.h"
 #include "kernels/linear.h"
+#include "kernels/product_top_k.h"
 #include "kernels/top_k.h"
 
 // Of 10,000 experts a batch of 1,024 tokens selects 8 to 256 each: dense products with all of them
@@ -71,9 +72,9 @@ struct ByExpert {
 // Everything of a forward pass that the backward pass needs. In workspace memory.
 struct Tape {
   Matrix h, slope;              // shared neurons: φ and φ'  [m, n_shared]
-  Matrix z;                     // V x  [m, router_rank]
+  Matrix z;                     // V x  [m, router_rank], or both halves' [m, 2 router_rank]
   std::span<std::int32_t> ids;  // [m · k], ascending for each token
-  std::span<float> gate;        // [m · k] softmax of the selected scores
+  std::span<float> gate;        // [m · k] softmax of the selected scores, or these
   std::span<float> value;       // [m · k] φ of the selected experts
   std::span<float> scaled;      // [m · k] gate · value
   ByExpert by_expert;
@@ -136,40 +137,98 @@ std::span<T> part(std::span<T> all, Range range) {
   return all.subspan(size(range.begin), size(range.size()));
 }
 
+// Columns [first, first + n) of all rows.
+Matrix columns(Matrix m, std::int64_t first, std::int64_t n) {
+  return {m.data + first, m.rows, n, m.stride};
+}
+
+// What the router says of all experts, or of the keys of both halves, without c.   [m, n_scores]
+Matrix router_scores(Context& ctx, const PaperStudent& s, ConstMatrix x, Tape& tape) {
+  const Matrix scores = take_matrix(ctx, x.rows, s.shape.n_scores());
+  const std::int64_t rank = s.router_cols();
+  const ConstMatrix u = view(s.router_u, scores.cols, rank);
+  if (!s.shape.product_keys()) {
+    const bool low_rank = s.shape.family == Family::LowRank;
+    kernels::gemm(ctx, false, true, 1, low_rank ? ConstMatrix(tape.z) : x, u, 0, scores);
+    return scores;
+  }
+  const std::int64_t n_keys = s.shape.n_keys();
+  for (const std::int64_t half : {0, 1}) {
+    kernels::gemm(ctx, false, true, 1, columns(tape.z, half * rank, rank),
+                  u.slice(half * n_keys, n_keys), 0, columns(scores, half * n_keys, n_keys));
+  }
+  return scores;
+}
+
+// Who is selected for each token, by scores that c was added to; the gates become their scores.
+void select(Context& ctx, const PaperStudent& s, Matrix scores, Tape& tape) {
+  const std::int64_t k = s.shape.n_active;
+  const bool product = s.shape.product_keys();
+  const std::size_t n = size(product ? s.shape.n_keys() : s.shape.n_experts);
+  const std::size_t n_candidates = product ? kernels::n_product_candidates(n, size(k)) : 0;
+  const std::size_t n_ranks = product ? 2 * std::min(n, size(k)) : 0;
+  const auto threads = static_cast<std::size_t>(ctx.pool.n_threads());
+  const auto keys = ctx.workspace.take<std::uint32_t>(threads * n);
+  const auto candidates = ctx.workspace.take<kernels::ProductCandidate>(threads * n_candidates);
+  const auto values = ctx.workspace.take<float>(product ? threads * 2 * n : 0);
+  const auto ranks = ctx.workspace.take<std::int32_t>(threads * n_ranks);
+  ctx.pool.run([&](int thread) {
+    const auto own = static_cast<std::size_t>(thread);
+    const Range rows = split(scores.rows, ctx.pool.n_threads(), thread);
+    for (std::int64_t t = rows.begin; t < rows.end; ++t) {
+      float* row = scores.row(t);
+      for (std::int64_t i = 0; i < scores.cols; ++i) row[i] += s.router_bias[size(i)];
+      const auto ids = tape.ids.subspan(size(t * k), size(k));
+      const auto gate = tape.gate.subspan(size(t * k), size(k));
+      if (product) {
+        kernels::top_k_product({row, n}, {row + n, n}, ids,
+                               {candidates.subspan(own * n_candidates, n_candidates),
+                                values.subspan(own * 2 * n, 2 * n), keys.subspan(own * n, n),
+                                ranks.subspan(own * n_ranks, n_ranks)});
+        for (std::size_t j = 0; j < ids.size(); ++j) {
+          gate[j] = row[size(ids[j]) / n] + row[n + size(ids[j]) % n];
+        }
+      } else {
+        kernels::top_k({row, n}, ids, keys.subspan(own * n, n));
+        for (std::size_t j = 0; j < ids.size(); ++j) gate[j] = row[ids[j]];
+      }
+    }
+  });
+}
+
 // Selection and gates.
 void route(Context& ctx, const PaperStudent& s, ConstMatrix x, Tape& tape) {
   const std::int64_t m = x.rows;
   const std::int64_t k = s.shape.n_active;
-  const std::int64_t n_experts = s.shape.n_experts;
-  const ConstMatrix u = view(s.router_u, n_experts, s.router_cols());
   tape.ids = take<std::int32_t>(ctx, m * k);
   tape.gate = take<float>(ctx, m * k);
-  if (s.shape.family == Family::LowRank) {
-    tape.z = take_matrix(ctx, m, s.shape.router_rank);
-    kernels::gemm(ctx, false, true, 1, x, view(s.router_v, s.shape.router_rank, s.shape.d_model), 0,
-                  tape.z);
+  if (s.shape.router_rank > 0) {
+    const std::int64_t rows = (s.shape.product_keys() ? 2 : 1) * s.shape.router_rank;
+    tape.z = take_matrix(ctx, m, rows);
+    kernels::gemm(ctx, false, true, 1, x, view(s.router_v, rows, s.shape.d_model), 0, tape.z);
   }
   const Workspace::Scope scope(ctx.workspace);
-  Matrix scores = take_matrix(ctx, m, n_experts);
-  kernels::gemm(ctx, false, true, 1, s.shape.family == Family::LowRank ? ConstMatrix(tape.z) : x, u,
-                0, scores);
-  const int n_threads = ctx.pool.n_threads();
-  auto keys = take<std::uint32_t>(ctx, n_threads * n_experts);
-  ctx.pool.run([&](int thread) {
-    const Range rows = split(m, n_threads, thread);
-    const auto own_keys = keys.subspan(size(thread * n_experts), size(n_experts));
+  select(ctx, s, router_scores(ctx, s, x, tape), tape);
+  if (s.shape.family == Family::Sgatlin) return;
+  for_ranges(ctx, m, [&](Range rows) {
     for (std::int64_t t = rows.begin; t < rows.end; ++t) {
-      float* row = scores.row(t);
-      for (std::int64_t i = 0; i < n_experts; ++i) row[i] += s.router_bias[size(i)];
-      const auto ids = tape.ids.subspan(size(t * k), size(k));
       const auto gate = tape.gate.subspan(size(t * k), size(k));
-      kernels::top_k({row, size(n_experts)}, ids, own_keys);
-      for (std::int64_t j = 0; j < k; ++j) gate[size(j)] = row[ids[size(j)]];
       const float sum =
           kernels::exponentials(gate, *std::max_element(gate.begin(), gate.end()), gate);
       for (float& g : gate) g /= sum;
     }
   });
+}
+
+// φ(a + b) over a, and its slope; b a value for all or one for each. Linear neurons: a itself, 1.
+void activate(const PaperStudent& s, std::span<float> a, std::span<const float> b,
+              std::span<float> slope) {
+  if (s.shape.family == Family::Sgatlin) {
+    std::fill(slope.begin(), slope.end(), 1.0F);
+    return;
+  }
+  for (std::size_t i = 0; i < a.size(); ++i) a[i] += b[b.size() == 1 ? 0 : i];
+  kernels::activation_slope(kPhi, a, a, slope);
 }
 
 // ŷ, leaving on the tape what backward() needs.
@@ -182,9 +241,8 @@ void forward(Context& ctx, const PaperStudent& s, ConstMatrix x, Tape& tape, Mat
   kernels::gemm(ctx, false, true, 1, x, view(s.shared_in, s.shape.n_shared, d), 0, tape.h);
   for_ranges(ctx, m, [&](Range rows) {
     for (std::int64_t t = rows.begin; t < rows.end; ++t) {
-      const std::span<float> h(tape.h.row(t), size(s.shape.n_shared));
-      for (std::size_t i = 0; i < h.size(); ++i) h[i] += s.shared_bias[i];
-      kernels::activation_slope(kPhi, h, h, {tape.slope.row(t), h.size()});
+      const std::size_t n_shared = size(s.shape.n_shared);
+      activate(s, {tape.h.row(t), n_shared}, s.shared_bias.span(), {tape.slope.row(t), n_shared});
       std::copy_n(s.bias.data(), d, y.row(t));
     }
   });
@@ -202,8 +260,8 @@ void forward(Context& ctx, const PaperStudent& s, ConstMatrix x, Tape& tape, Mat
   for_experts(ctx, by, s.shape.n_experts, [&](std::int64_t i, Range pairs) {
     const std::span<float> a = part(activation, pairs);
     kernels::gathered_dots({w_in.row(i), size(d)}, x, part(by.token, pairs), a);
-    for (float& v : a) v += s.expert_bias[size(i)];
-    kernels::activation_slope(kPhi, a, a, part(tape.expert_slope, pairs));
+    const std::span<const float> all = s.expert_bias.span();
+    activate(s, a, all.empty() ? all : all.subspan(size(i), 1), part(tape.expert_slope, pairs));
     for (std::int64_t e = pairs.begin; e < pairs.end; ++e) {
       tape.value[size(by.pair[size(e)])] = activation[size(e)];
     }
@@ -221,17 +279,11 @@ void forward(Context& ctx, const PaperStudent& s, ConstMatrix x, Tape& tape, Mat
   });
 }
 
-// The gradient of everything that selects: scores, then U, c and V. `d_gate` [m · k] is overwritten
-// by the scores' gradient.
-void backward_router(Context& ctx, const PaperStudent& s, ConstMatrix x, const Tape& tape,
-                     std::span<float> d_gate, PaperStudent& g) {
-  const std::int64_t m = x.rows;
+// From the gates' gradient [m · k], overwritten, to the selected scores'.
+void backward_gate(Context& ctx, const PaperStudent& s, const Tape& tape, std::int64_t m,
+                   std::span<float> d_gate) {
+  if (s.shape.family == Family::Sgatlin) return;  // the gates are the scores
   const std::int64_t k = s.shape.n_active;
-  const std::int64_t n_experts = s.shape.n_experts;
-  const std::int64_t cols = s.router_cols();
-  const bool low_rank = s.shape.family == Family::LowRank;
-  const ConstMatrix u = view(s.router_u, n_experts, cols);
-  const Matrix dz = low_rank ? take_matrix(ctx, m, cols) : Matrix();
   for_ranges(ctx, m, [&](Range rows) {
     for (std::int64_t t = rows.begin; t < rows.end; ++t) {
       const Range own{t * k, t * k + k};
@@ -239,22 +291,74 @@ void backward_router(Context& ctx, const PaperStudent& s, ConstMatrix x, const T
       const std::span<const float> gate = part(tape.gate, own);
       const float mean = std::inner_product(ds.begin(), ds.end(), gate.begin(), 0.0F);
       for (std::size_t j = 0; j < ds.size(); ++j) ds[j] = gate[j] * (ds[j] - mean);
-      if (low_rank) {
-        kernels::gathered_sum(ds, u, part(tape.ids, own), {dz.row(t), size(cols)}, false);
+    }
+  });
+}
+
+// The gradients of U, c and V from the selected scores' [m · k]. Few scores for all experts: dense
+// products.
+void backward_product_keys(Context& ctx, const PaperStudent& s, ConstMatrix x, const Tape& tape,
+                           std::span<const float> ds, PaperStudent& g) {
+  const std::int64_t m = x.rows;
+  const std::int64_t k = s.shape.n_active;
+  const std::int64_t n_keys = s.shape.n_keys();
+  const std::int64_t rank = s.shape.router_rank;
+  const Matrix d_scores = take_matrix(ctx, m, 2 * n_keys);
+  for_ranges(ctx, m, [&](Range rows) {
+    for (std::int64_t t = rows.begin; t < rows.end; ++t) {
+      float* row = d_scores.row(t);
+      std::fill_n(row, 2 * n_keys, 0.0F);
+      for (std::int64_t p = t * k; p < (t + 1) * k; ++p) {
+        const std::int64_t id = tape.ids[size(p)];
+        row[id / n_keys] += ds[size(p)];
+        row[n_keys + id % n_keys] += ds[size(p)];
       }
     }
   });
+  sum_rows(ctx, d_scores, g.router_bias.span());
+  const Matrix dz = take_matrix(ctx, m, 2 * rank);
+  const ConstMatrix u = view(s.router_u, 2 * n_keys, rank);
+  const Matrix du = view(g.router_u, 2 * n_keys, rank);
+  for (const std::int64_t half : {0, 1}) {
+    const ConstMatrix own = columns(d_scores, half * n_keys, n_keys);
+    kernels::gemm(ctx, true, false, 1, own, columns(tape.z, half * rank, rank), 0,
+                  du.slice(half * n_keys, n_keys));
+    kernels::gemm(ctx, false, false, 1, own, u.slice(half * n_keys, n_keys), 0,
+                  columns(dz, half * rank, rank));
+  }
+  kernels::gemm(ctx, true, false, 1, dz, x, 0, view(g.router_v, 2 * rank, s.shape.d_model));
+}
+
+// The same of a router with one score an expert: of these only the selected.
+void backward_scores(Context& ctx, const PaperStudent& s, ConstMatrix x, const Tape& tape,
+                     std::span<const float> ds, PaperStudent& g) {
+  const std::int64_t m = x.rows;
+  const std::int64_t k = s.shape.n_active;
+  const std::int64_t n_experts = s.shape.n_experts;
+  const std::int64_t cols = s.router_cols();
+  const bool low_rank = s.shape.family == Family::LowRank;
+  const ConstMatrix u = view(s.router_u, n_experts, cols);
+  const Matrix dz = low_rank ? take_matrix(ctx, m, cols) : Matrix();
+  if (low_rank) {
+    for_ranges(ctx, m, [&](Range rows) {
+      for (std::int64_t t = rows.begin; t < rows.end; ++t) {
+        const Range own{t * k, t * k + k};
+        kernels::gathered_sum(part(ds, own), u, part(tape.ids, own), {dz.row(t), size(cols)},
+                              false);
+      }
+    });
+  }
   const ByExpert& by = tape.by_expert;
   auto ds_by_expert = take<float>(ctx, m * k);
   const ConstMatrix input = low_rank ? ConstMatrix(tape.z) : x;
   const Matrix du = view(g.router_u, n_experts, cols);
   for_experts(ctx, by, n_experts, [&](std::int64_t i, Range pairs) {
-    const std::span<float> ds = part(ds_by_expert, pairs);
-    for (std::size_t e = 0; e < ds.size(); ++e) {
-      ds[e] = d_gate[size(by.pair[size(pairs.begin) + e])];
+    const std::span<float> own = part(ds_by_expert, pairs);
+    for (std::size_t e = 0; e < own.size(); ++e) {
+      own[e] = ds[size(by.pair[size(pairs.begin) + e])];
     }
-    kernels::gathered_sum(ds, input, part(by.token, pairs), {du.row(i), size(cols)}, false);
-    g.router_bias[size(i)] = std::accumulate(ds.begin(), ds.end(), 0.0F);
+    kernels::gathered_sum(own, input, part(by.token, pairs), {du.row(i), size(cols)}, false);
+    g.router_bias[size(i)] = std::accumulate(own.begin(), own.end(), 0.0F);
   });
   if (low_rank) {
     kernels::gemm(ctx, true, false, 1, dz, x, 0, view(g.router_v, cols, s.shape.d_model));
@@ -291,9 +395,14 @@ void backward_experts(Context& ctx, const PaperStudent& s, ConstMatrix x, ConstM
       sum += f[e];
     }
     kernels::gathered_sum(f, x, tokens, {d_in.row(i), size(d)}, false);
-    g.expert_bias[size(i)] = sum;
+    if (!g.expert_bias.empty()) g.expert_bias[size(i)] = sum;
   });
-  backward_router(ctx, s, x, tape, d_gate, g);
+  backward_gate(ctx, s, tape, x.rows, d_gate);
+  if (s.shape.product_keys()) {
+    backward_product_keys(ctx, s, x, tape, d_gate, g);
+  } else {
+    backward_scores(ctx, s, x, tape, d_gate, g);
+  }
 }
 
 }  // namespace
@@ -343,7 +452,7 @@ double loss_and_gradient(Context& ctx, const PaperStudent& s, ConstMatrix x, Con
     }
   });
   kernels::gemm(ctx, true, false, 1, tape.h, x, 0, view(g.shared_in, n_shared, d));
-  sum_rows(ctx, tape.h, g.shared_bias.span());
+  if (!g.shared_bias.empty()) sum_rows(ctx, tape.h, g.shared_bias.span());
   if (s.shape.n_active > 0) backward_experts(ctx, s, x, dy, tape, g);
   return std::accumulate(by_row.begin(), by_row.end(), 0.0) * unit;
 }

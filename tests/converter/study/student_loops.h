@@ -33,17 +33,28 @@ struct DoubleStudent {
     return sum;
   }
 
+  // One per expert, whatever the router.
   std::vector<double> scores(std::span<const double> x) const {
     std::vector<double> z;
-    if (shape.family == Family::LowRank) {
-      for (std::int64_t r = 0; r < shape.router_rank; ++r) z.push_back(dot(tensors[6], r, x));
-    } else {
-      z.assign(x.begin(), x.end());
-    }
+    const std::int64_t n_z = (shape.product_keys() ? 2 : 1) * shape.router_rank;
+    for (std::int64_t r = 0; r < n_z; ++r) z.push_back(dot(tensors[6], r, x));
+    if (shape.router_rank == 0) z.assign(x.begin(), x.end());
     std::vector<double> s;
-    for (std::int64_t i = 0; i < shape.n_experts; ++i) {
-      s.push_back(dot(tensors[7], i, z) + tensors[8][static_cast<std::size_t>(i)]);
+    if (!shape.product_keys()) {
+      for (std::int64_t i = 0; i < shape.n_experts; ++i) {
+        s.push_back(dot(tensors[7], i, z) + tensors[8][static_cast<std::size_t>(i)]);
+      }
+      return s;
     }
+    std::int64_t m = 0;
+    while (m * m < shape.n_experts) ++m;
+    const auto r = static_cast<std::size_t>(shape.router_rank);
+    const auto key = [&](std::int64_t row, std::size_t first) {
+      return dot(tensors[7], row, std::span(z).subspan(first, r)) +
+             tensors[8][static_cast<std::size_t>(row)];
+    };
+    for (std::int64_t i = 0; i < shape.n_experts; ++i)
+      s.push_back(key(i / m, 0) + key(m + i % m, r));
     return s;
   }
 
@@ -61,7 +72,10 @@ struct DoubleStudent {
   std::vector<double> output(std::span<const double> x) const {
     std::vector<double> y = tensors[9];
     const auto add = [&](std::size_t in, std::int64_t i, double gate) {
-      const double h = gelu(dot(tensors[in], i, x) + tensors[in + 2][static_cast<std::size_t>(i)]);
+      const double h =
+          shape.family == Family::Sgatlin
+              ? dot(tensors[in], i, x)
+              : gelu(dot(tensors[in], i, x) + tensors[in + 2][static_cast<std::size_t>(i)]);
       for (std::size_t j = 0; j < y.size(); ++j) {
         y[j] += gate * h * tensors[in + 1][static_cast<std::size_t>(i) * y.size() + j];
       }
@@ -72,7 +86,10 @@ struct DoubleStudent {
     const std::vector<std::int64_t> ids = selected(x);
     double total = 0;
     for (const std::int64_t i : ids) total += std::exp(s[static_cast<std::size_t>(i)]);
-    for (const std::int64_t i : ids) add(3, i, std::exp(s[static_cast<std::size_t>(i)]) / total);
+    for (const std::int64_t i : ids) {
+      const double score = s[static_cast<std::size_t>(i)];
+      add(3, i, shape.family == Family::Sgatlin ? score : std::exp(score) / total);
+    }
     return y;
   }
 
