@@ -28,7 +28,7 @@ std::string mlp_tensor(int layer, std::string_view part) {
 /// The converted layer whose dense MLP the tensor belongs to, or nothing.
 const SavedLayer* replaced_by(std::string_view tensor, std::span<const SavedLayer> layers) {
   for (const SavedLayer& layer : layers) {
-    if (!layer.view) continue;
+    if (!layer.mlp) continue;
     for (const std::string_view part : kReplaced) {
       if (tensor == mlp_tensor(layer.report.layer, part)) return &layer;
     }
@@ -47,7 +47,7 @@ void check_layers(const models::GgufFile& dense, std::span<const SavedLayer> lay
     require<InputError>(r.layer == static_cast<int>(i), "{}: layer {} at place {}, expected {}",
                         path, r.layer, i, i);
     const bool converted = r.kind != models::kKindDense;
-    require<InputError>(converted == layers[i].view.has_value(),
+    require<InputError>(converted == layers[i].mlp.has_value(),
                         "{}: layer {} is of kind {} but {} expert tensors", path, i, r.kind,
                         converted ? "has no" : "has");
     if (!converted) continue;

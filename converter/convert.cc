@@ -9,6 +9,7 @@
 
 #include "converter/assemble.h"
 #include "converter/convert_low_rank.h"
+#include "converter/convert_paper.h"
 #include "converter/convert_self_routed.h"
 #include "converter/data.h"
 #include "converter/digest.h"
@@ -18,6 +19,7 @@
 #include "converter/state.h"
 #include "models/expert_usage.h"
 #include "models/gguf_writer.h"
+#include "models/mixture_file.h"
 #include "models/self_routed_file.h"
 #include "models/tokenizer.h"
 #include "models/transformer.h"
@@ -68,6 +70,11 @@ nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::str
   j["threads"] = n_threads;
   j["expert_type"] = o.expert_dtype ? std::string(traits(*o.expert_dtype).name) : "auto";
   j["router_type"] = o.router_dtype ? std::string(traits(*o.router_dtype).name) : "auto";
+  if (job.recipe.method == Method::Paper) {
+    j["experts"] = o.n_experts;
+    j["passes"] = o.passes;
+    j["layers"] = o.layers;
+  }
   if (job.recover.tokens > 0) {
     j["recover"] = nlohmann::ordered_json::parse(options_json(job.recover));
   }
@@ -81,9 +88,18 @@ constexpr double kRecoverCost = 90;  // per token that recovery trains on
 // checkpoint's own pages.
 std::int64_t estimate_memory(const Job& job, const models::Checkpoint& checkpoint,
                              std::int64_t n_ctx) {
-  const std::int64_t converting = job.recipe.method == Method::LowRank
-                                      ? low_rank_memory(job)
-                                      : self_routed_memory(job, checkpoint.config);
+  std::int64_t converting = 0;
+  switch (job.recipe.method) {
+    case Method::LowRank:
+      converting = low_rank_memory(job);
+      break;
+    case Method::Paper:
+      converting = paper_memory(job, checkpoint.config);
+      break;
+    case Method::SelfRouted:
+    case Method::Threshold:
+      converting = self_routed_memory(job, checkpoint.config);
+  }
   const std::int64_t sampling = job.options.data == "self"
                                     ? sampling_bytes(checkpoint.config.shape(), n_ctx, job.n_tokens)
                                     : 0;
@@ -126,6 +142,8 @@ std::int64_t folder_bytes(const std::filesystem::path& folder) {
 
 }  // namespace
 
+bool is_mixture(const LayerReport& layer) { return models::mixture_kind(layer.kind).has_value(); }
+
 bool is_self_routed(const LayerReport& layer) {
   return layer.kind == models::kKindGluGate || layer.kind == models::kKindGluInput;
 }
@@ -157,11 +175,20 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   job.recover.seed = options.seed;
   job.recover.expert_type = options.expert_dtype;
   job.recover.n_ctx = std::min(kContext, checkpoint->config.context_length);
-  const bool low_rank = recipe.method == Method::LowRank;
-  if (low_rank) {
-    check_low_rank(job, *checkpoint);
-  } else {
-    check_self_routed(job);
+  require<InputError>(recipe.method == Method::Paper ||
+                          (options.n_experts == 0 && options.passes == 0 && options.layers.empty()),
+                      "--experts, --passes and --layers: the recipe \"{}\" makes no use of them",
+                      recipe.name);
+  switch (recipe.method) {
+    case Method::LowRank:
+      check_low_rank(job, *checkpoint);
+      break;
+    case Method::Paper:
+      check_paper(job, *checkpoint);
+      break;
+    case Method::SelfRouted:
+    case Method::Threshold:
+      check_self_routed(job);
   }
 
   Calibration calibration;
@@ -215,14 +242,21 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
       recovers ? kRecoverCost * static_cast<double>(job.recover.tokens + job.recover.scale_tokens)
                : 0;
   std::optional<LowRankConversion> to_low_rank;
+  std::optional<PaperConversion> to_paper;
   std::optional<SelfRoutedConversion> to_self_routed;
-  if (low_rank) {
-    to_low_rank.emplace(job, model, state);
-  } else {
-    to_self_routed.emplace(job, model, state);
+  double convert_cost = 0;
+  switch (recipe.method) {
+    case Method::LowRank:
+      convert_cost = to_low_rank.emplace(job, model, state).cost();
+      break;
+    case Method::Paper:
+      convert_cost = to_paper.emplace(job, model, state).cost();
+      break;
+    case Method::SelfRouted:
+    case Method::Threshold:
+      convert_cost = to_self_routed.emplace(job, model, state).cost();
   }
-  Schedule schedule(monitor, sample_cost + recover_cost +
-                                 (low_rank ? to_low_rank->cost() : to_self_routed->cost()));
+  Schedule schedule(monitor, sample_cost + recover_cost + convert_cost);
 
   if (options.data == "self") {
     if (kept_tokens) {
@@ -239,8 +273,10 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   report.n_tokens = static_cast<std::int64_t>(calibration.tokens.size());
 
   const std::filesystem::path converted = recovers ? state.hybrid_path() : options.output;
-  if (low_rank) {
-    const std::vector<SavedLayer> layers = to_low_rank->run(calibration, schedule, report, monitor);
+  if (!to_self_routed) {
+    const std::vector<SavedLayer> layers =
+        to_paper ? to_paper->run(calibration, schedule, report, monitor)
+                 : to_low_rank->run(calibration, schedule, report, monitor);
     for (const SavedLayer& layer : layers) report.layers.push_back(layer.report);
     monitor.stage("write the hybrid", 1);
     assemble(*checkpoint->file, layers, options, report, converted);

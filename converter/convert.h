@@ -32,21 +32,28 @@ struct ConvertOptions {
   std::filesystem::path curves;       // a plan whose measured curves to plan from
   std::optional<DType> expert_dtype;  // default: the dense MLP's own format where it can be written
   std::optional<DType> router_dtype;
+  // Of students from a random start (recipes "peer", "sgatlin", "paper"):
+  std::int64_t n_experts = 0;  // 0: the first square from twice d_ff on
+  double passes = 0;           // over the activations; 0: the recipe's
+  std::vector<int> layers;     // to convert, the others stay dense; empty: all
 };
 
 /// One layer of the report.
 struct LayerReport {
   int layer = 0;
-  std::string kind;  // models/secret_moe_file.h, models/self_routed_file.h
+  std::string kind;  // models/secret_moe_file.h, self_routed_file.h, mixture_file.h
   std::int64_t n_shared = 0, n_experts = 0, n_active = 0, router_rank = 0, bypass_rank = 0;
-  Shares shares;  // of self-routed layers, measured
+  std::int64_t expert_neurons = 1;  // of an expert
+  std::int64_t d_ff = 0;            // of the dense MLP; 0: n_shared + n_experts
+  Shares shares;                    // of self-routed layers, measured
   double active_fraction = 1;
   // Mean KL divergence from the dense model's next tokens, nats, with this layer alone converted:
   // measured at one common fraction, or for self-routed layers predicted from the layer's curve.
   double sensitivity = 0;
   // ω-weighted error over ω-weighted variance of what the layer is asked to add (the MLP's output
   // and the drift of earlier layers), packed, on held-out tokens. Of self-routed layers: of the
-  // MLP's output on the hybrid's stream, on the calibration tokens; before any recovery.
+  // MLP's output on the hybrid's stream, on the calibration tokens; before any recovery. Students
+  // from a random start have no closed form (NaN), and their error is unweighted.
   double error_closed_form = 0;
   // The same of what was kept: the distilled layer where it came out better, else the closed form.
   double error_distilled = 0;
@@ -69,7 +76,11 @@ struct ConvertReport {
   std::optional<RecoveryReport> recovery;  // of recipes that recover
 };
 
-/// Converts (DESIGN.md section 2, steps 1 to 6, and 7 with the recipe "best"). Says beforehand
+/// True for layers that became students from a random start.
+bool is_mixture(const LayerReport& layer);
+
+/// Converts (DESIGN.md section 2, steps 1 to 6, and 7 with the recipe "best"; "peer", "sgatlin" and
+/// "paper" train the papers' students instead). Says beforehand
 /// through monitor.line() how much memory and disk it needs. Holds one layer's activations at a
 /// time. After every layer its result is kept in OUTPUT.state/ (atomic files); with resume, layers
 /// found there for the same options, checkpoint and data are taken over, and the output is byte for

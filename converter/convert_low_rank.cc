@@ -117,11 +117,11 @@ class Conversion {
     dense_.attention(layer);
     dense_.mlp(layer, dense_mlp(layer));
     hybrid_.attention(layer);
-    if (!saved.view) {
+    if (!saved.mlp) {
       hybrid_.mlp(layer, dense_mlp(layer));
     } else {
       hybrid_.mlp_input(layer, x());
-      run_converted(layer, *saved.view, nullptr);
+      run_converted(layer, std::get<kernels::SecretMoeView>(*saved.mlp), nullptr);
     }
   }
 

@@ -35,6 +35,9 @@ class Schedule {
     done_ += cost;
   }
 
+  /// Of the whole job, once the stages begun so far are over.
+  double share() const { return done_ / total_; }
+
  private:
   engine::Monitor& monitor_;
   double total_;

@@ -50,7 +50,20 @@ constexpr Recipe kThreshold = {.name = "threshold", .method = Method::Threshold,
 
 constexpr Recipe kBest = {.name = "best", .tokens = 16384, .recover_tokens = kBestRecoveryTokens};
 
-constexpr std::array kRecipes = {kFast, kBest, kThreshold, kLowRank};
+// The papers' protocol at the best of its rates for few passes, ranks as theirs.
+constexpr Recipe paper_recipe(std::string_view name, study::Family student) {
+  return {.name = name,
+          .method = Method::Paper,
+          .tokens = 65536,
+          .router_rank = 128,
+          .distill = {.passes = 3, .batch = 1024, .learning_rate = 1e-3},
+          .student = student};
+}
+constexpr Recipe kPeer = paper_recipe("peer", study::Family::Peer);
+constexpr Recipe kSgatlin = paper_recipe("sgatlin", study::Family::Sgatlin);
+constexpr Recipe kPaper = paper_recipe("paper", study::Family::LowRank);
+
+constexpr std::array kRecipes = {kFast, kBest, kThreshold, kLowRank, kPaper, kPeer, kSgatlin};
 
 }  // namespace
 

@@ -8,6 +8,7 @@
 #include "converter/report_axes.h"
 #include "converter/report_figures.h"
 #include "converter/svg.h"
+#include "models/mixture_file.h"
 #include "models/self_routed_file.h"
 
 namespace moesaic::converter {
@@ -87,11 +88,15 @@ bool has_sensitivities(const ConvertReport& report) {
 }
 
 BudgetParts budget_parts(const LayerReport& layer) {
-  const auto d_ff = static_cast<double>(layer.n_shared + layer.n_experts);
+  const auto d_ff =
+      static_cast<double>(layer.d_ff > 0 ? layer.d_ff : layer.n_shared + layer.n_experts);
   if (!is_converted(layer) || is_self_routed(layer) || d_ff <= 0) return {};
+  // Rows of a neuron: three in a gated MLP.
+  const auto kind = models::mixture_kind(layer.kind);
+  const double neuron = kind ? static_cast<double>(kernels::rows_per_neuron(kind->expert)) / 3 : 1;
   BudgetParts parts;
-  parts.shared = static_cast<double>(layer.n_shared) / d_ff;
-  parts.selected = static_cast<double>(layer.n_active) / d_ff;
+  parts.shared = neuron * static_cast<double>(layer.n_shared) / d_ff;
+  parts.selected = neuron * static_cast<double>(layer.n_active * layer.expert_neurons) / d_ff;
   parts.bypass = 2 * static_cast<double>(layer.bypass_rank) / (3 * d_ff);
   parts.router =
       std::max(0.0, layer.active_fraction - parts.shared - parts.selected - parts.bypass);

@@ -21,11 +21,14 @@ std::int64_t never_selected(const LayerReport& layer) {
 std::string figure_error(const ConvertReport& report) {
   constexpr double kBase = 300;
   const bool routed = std::any_of(report.layers.begin(), report.layers.end(), is_self_routed);
+  const bool trained = std::any_of(report.layers.begin(), report.layers.end(), is_mixture);
   Svg svg(
       "fig-error", kFigureWidth, kBase + kFigureBottom, "Output error per layer",
-      routed
-          ? "For each converted layer, the share of the MLP output's variance on calibration "
-            "tokens that its thresholds leave unexplained. Lower is better."
+      routed ? "For each converted layer, the share of the MLP output's variance on calibration "
+               "tokens that its thresholds leave unexplained. Lower is better."
+      : trained
+          ? "For each converted layer, the share of the MLP output's variance on held-out tokens "
+            "that the student trained from a random start leaves unexplained. Lower is better."
           : "For each converted layer, the share of the MLP output's variance on held-out tokens "
             "that the secret mixture of experts leaves unexplained: an open ring for the "
             "closed-form start, a filled dot after distillation. Lower is better.");
@@ -42,6 +45,8 @@ std::string figure_error(const ConvertReport& report) {
   draw_layer_axis(svg, bands, report, kBase);
   if (routed) {
     draw_legend(svg, {{"after", "with its thresholds", true}, {"dense", "stays dense"}});
+  } else if (trained) {
+    draw_legend(svg, {{"after", "after training", true}, {"dense", "stays dense"}});
   } else if (any_dense) {
     draw_legend(
         svg,
@@ -65,8 +70,9 @@ std::string figure_error(const ConvertReport& report) {
       continue;
     }
     const std::string tip =
-        fmt::format("layer {}: {} closed form, {} distilled", l.layer,
-                    number(l.error_closed_form, 4), number(l.error_distilled, 4));
+        trained ? fmt::format("layer {}: {}", l.layer, number(l.error_distilled, 4))
+                : fmt::format("layer {}: {} closed form, {} distilled", l.layer,
+                              number(l.error_closed_form, 4), number(l.error_distilled, 4));
     const bool before = std::isfinite(l.error_closed_form);
     const bool after = std::isfinite(l.error_distilled);
     if (before && after) {

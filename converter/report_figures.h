@@ -14,7 +14,8 @@ bool is_converted(const LayerReport& layer);
 /// Experts of the layer that no calibration token selected or kept.
 std::int64_t never_selected(const LayerReport& layer);
 /// Multiply-adds of the layer's parts over the dense MLP's, from the layer's own counts: a neuron
-/// costs 1/d_ff, the bypass 2q/(3 d_ff), and the router is what remains of the active fraction.
+/// of three rows costs 1/d_ff, the bypass 2q/(3 d_ff), and the router, with the gate, is what
+/// remains of the active fraction.
 struct BudgetParts {
   double shared = 0, selected = 0, bypass = 0, router = 0;
 };

@@ -28,6 +28,8 @@ std::string cards(const ConvertOptions& options, const ConvertReport& report, co
                             fixed(report.recovery->kl_start, 3)));
   } else if (routed) {
     out += card("Output error", fixed(t.error_closed_form, 3), "mean, calibration tokens");
+  } else if (any_layer(report, is_mixture)) {
+    out += card("Output error", fixed(t.error_distilled, 3), "mean, held-out tokens");
   } else {
     out += card("Output error", fixed(t.error_distilled, 3),
                 fmt::format("mean, held-out tokens; {} before distillation",
@@ -76,6 +78,13 @@ std::string lead(const ConvertReport& report, const Totals& t) {
     return fmt::format(
         "{} of {} dense MLPs became self-routed: {}. There is no router besides. {}.", t.converted,
         report.layers.size(), how, cost);
+  }
+  if (any_layer(report, is_mixture)) {
+    return fmt::format(
+        "{} of {} dense MLPs became students of the papers, trained from a random start on the "
+        "activations of their layer: small experts, of which a router picks a few for each token, "
+        "and neurons that always run. {}, router and gate counted.",
+        t.converted, report.layers.size(), cost);
   }
   return fmt::format(
       "{} of {} dense MLPs became a secret mixture of experts: single neurons, of which a low-rank "
@@ -150,6 +159,24 @@ std::string low_rank_sections(const ConvertReport& report) {
   return out;
 }
 
+std::string mixture_sections(const ConvertReport& report) {
+  std::string out =
+      section("Output error",
+              "How much of the variance of the dense MLP's output each student leaves unexplained "
+              "on tokens "
+              "it was not trained on, its inputs being those that the hybrid gives it.",
+              figure_error(report));
+  out += section("Where the budget goes",
+                 "Multiply-adds per token by part, as a share of the dense MLP.",
+                 figure_budget(report));
+  out += section(
+      "How often experts are used",
+      "A strip of one even colour means that the router spreads its choices; a short strong left "
+      "end means a few favourites. Experts that no token selected could be left out.",
+      figure_usage(report));
+  return out;
+}
+
 }  // namespace
 
 std::string report_html(const ConvertOptions& options, const ConvertReport& report) {
@@ -162,7 +189,9 @@ std::string report_html(const ConvertOptions& options, const ConvertReport& repo
                     lead(report, t));
     out += cards(options, report, t);
     if (report.recovery) out += recovery_section(*report.recovery);
-    out += routed ? self_routed_sections(report) : low_rank_sections(report);
+    out += routed                          ? self_routed_sections(report)
+           : any_layer(report, is_mixture) ? mixture_sections(report)
+                                           : low_rank_sections(report);
   } else {
     out = page_head(name + ", all layers dense", "moesaic conversion report", name,
                     "All MLPs stay dense: nothing was saved, and nothing is lost.");

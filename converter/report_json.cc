@@ -14,6 +14,7 @@ std::string report_json(const ConvertOptions& options, const ConvertReport& repo
                   {"kind", l.kind},
                   {"n_shared", l.n_shared},
                   {"n_experts", l.n_experts},
+                  {"expert_neurons", l.expert_neurons},
                   {"n_active", l.n_active},
                   {"router_rank", l.router_rank},
                   {"bypass_rank", l.bypass_rank},

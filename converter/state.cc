@@ -34,7 +34,7 @@ constexpr std::string_view kHybrid = "hybrid.gguf";
 constexpr std::string_view kTraining = "training.gguf";
 constexpr std::string_view kScales = "scales.gguf";
 
-// A layer's report in its metadata, besides the keys that read_secret_moe needs.
+// A layer's report in its metadata, besides the keys that its reader needs.
 constexpr std::string_view kKeyLayer = "moesaic.state.layer";
 constexpr std::string_view kKeyFraction = "moesaic.state.active_fraction";
 constexpr std::string_view kKeySensitivity = "moesaic.state.sensitivity";
@@ -272,16 +272,27 @@ std::optional<SavedLayer> StateFolder::load_layer(int layer,
       saved.file = nullptr;
       return saved;
     }
-    saved.view = models::read_secret_moe(gguf, config, layer);
-    r.n_shared = saved.view->n_shared();
-    r.n_experts = saved.view->n_experts();
-    r.n_active = saved.view->n_active;
-    r.router_rank = saved.view->router_rank();
-    r.bypass_rank = saved.view->bypass_rank();
+    r.d_ff = config.d_ff;
+    const auto take = [&](const auto& view) {
+      kernels::check_shapes(view);
+      saved.mlp = view;
+      r.n_shared = view.n_shared();
+      r.n_experts = view.n_experts();
+      r.n_active = view.n_active;
+      r.router_rank = view.router_rank();
+      r.bypass_rank = view.bypass_rank();
+    };
+    if (const auto moe = models::read_secret_moe(gguf, config, layer)) {
+      take(*moe);
+    } else if (const auto mixture = models::read_mixture(gguf, config, layer)) {
+      take(*mixture);
+      r.expert_neurons = mixture->block;
+    } else {
+      throw FormatError(fmt::format("a layer of kind {}, expected one with a router", r.kind));
+    }
     for (const double u : gguf.get_floats(kKeyUsage)) {
       r.expert_usage.push_back(static_cast<float>(u));
     }
-    kernels::check_shapes(*saved.view);
     return saved;
   } catch (const Error& e) {
     if (dynamic_cast<const IoError*>(&e) != nullptr) throw;
@@ -326,6 +337,14 @@ SavedLayer StateFolder::save_layer(const LayerReport& report, const models::Pack
   packed.add_to(writer, report.layer);
   writer.write(layer_path(report.layer));
   // Read back: what goes on from here is what a resumed run would see.
+  return *load_layer(report.layer, config);
+}
+
+SavedLayer StateFolder::save_layer(const LayerReport& report, const models::PackedMixture& packed,
+                                   const models::ModelConfig& config) {
+  models::GgufWriter writer = layer_writer(report, static_cast<std::size_t>(config.n_layers));
+  packed.add_to(writer, report.layer);
+  writer.write(layer_path(report.layer));
   return *load_layer(report.layer, config);
 }
 

@@ -9,16 +9,18 @@
 
 #include "converter/convert.h"
 #include "models/gguf.h"
+#include "models/mixture_file.h"
+#include "models/mlp.h"
 #include "models/secret_moe_file.h"
 
 namespace moesaic::converter {
 
 /// A converted layer as kept on disk: a small GGUF with the layer's `blk.N.moe.*` tensors and its
-/// report in the metadata. The view points into the mapping.
+/// report in the metadata. The layer points into the mapping.
 struct SavedLayer {
   LayerReport report;
   std::shared_ptr<const models::GgufFile> file;  // null for a layer that stays dense
-  std::optional<kernels::SecretMoeView> view;    // nothing for a layer that stays dense
+  std::optional<models::Mlp> mlp;                // nothing for a layer that stays dense
 };
 
 /// What a conversion keeps beside its output between runs: OUTPUT.state/ with
@@ -57,6 +59,8 @@ class StateFolder {
   void save_plan(const std::string& json);
   std::optional<SavedLayer> load_layer(int layer, const models::ModelConfig& config) const;
   SavedLayer save_layer(const LayerReport& report, const models::PackedSecretMoe& packed,
+                        const models::ModelConfig& config);
+  SavedLayer save_layer(const LayerReport& report, const models::PackedMixture& packed,
                         const models::ModelConfig& config);
   SavedLayer save_dense_layer(const LayerReport& report);
   /// Seconds spent by earlier runs, and adding this run's.

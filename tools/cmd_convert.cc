@@ -1,8 +1,14 @@
 #include <fmt/format.h>
 
+#include <charconv>
+#include <cmath>
 #include <filesystem>
 #include <limits>
 #include <memory>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <vector>
 
 #include "converter/convert.h"
 #include "converter/recipe.h"
@@ -20,7 +26,7 @@ namespace {
 struct Options {
   converter::ConvertOptions convert;
   std::string model, output;
-  std::string expert_type, router_type;
+  std::string expert_type, router_type, layers;
   std::string budget = "planned", plan, curves;
   RunOptions run;
 };
@@ -38,17 +44,19 @@ std::filesystem::path with_suffix(std::filesystem::path path, const char* suffix
 
 using Rows = std::vector<std::vector<std::string>>;
 
-Rows low_rank_rows(const converter::ConvertReport& report) {
+Rows routed_rows(const converter::ConvertReport& report) {
   Rows rows = {{"layer", "kind", "shared", "experts", "selected", "router rank", "bypass rank",
                 "active", "closed form", "distilled"}};
   for (const converter::LayerReport& layer : report.layers) {
     const bool dense = layer.kind == "dense";
     const auto count = [dense](std::int64_t n) { return dense ? "" : std::to_string(n); };
+    const auto error = [dense](double v) {
+      return dense || std::isnan(v) ? "" : fmt::format("{:.4f}", v);
+    };
     rows.push_back({std::to_string(layer.layer), layer.kind, count(layer.n_shared),
                     count(layer.n_experts), count(layer.n_active), count(layer.router_rank),
                     count(layer.bypass_rank), fmt::format("{:.3f}", layer.active_fraction),
-                    dense ? "" : fmt::format("{:.4f}", layer.error_closed_form),
-                    dense ? "" : fmt::format("{:.4f}", layer.error_distilled)});
+                    error(layer.error_closed_form), error(layer.error_distilled)});
   }
   return rows;
 }
@@ -76,10 +84,12 @@ Rows self_routed_rows(const converter::ConvertReport& report) {
 std::string summary(const converter::ConvertOptions& options,
                     const converter::ConvertReport& report) {
   const std::filesystem::path& output = options.output;
-  const bool low_rank = converter::find_recipe(options.recipe).method == converter::Method::LowRank;
-  std::string text = markdown_table(low_rank ? low_rank_rows(report) : self_routed_rows(report));
+  const converter::Method method = converter::find_recipe(options.recipe).method;
+  const bool has_router =
+      method == converter::Method::LowRank || method == converter::Method::Paper;
+  std::string text = markdown_table(has_router ? routed_rows(report) : self_routed_rows(report));
   text += fmt::format("\nactive fraction {:.4f} (mean over layers{}), {} calibration tokens\n",
-                      report.active_fraction, low_rank ? ", router and bypass counted" : "",
+                      report.active_fraction, has_router ? ", router and bypass counted" : "",
                       report.n_tokens);
   if (report.recovery) {
     text += fmt::format(
@@ -89,9 +99,30 @@ std::string summary(const converter::ConvertOptions& options,
   }
   text += fmt::format("{} and {} at most in memory\n\n{}\n", format_seconds(report.seconds),
                       format_bytes(static_cast<double>(report.peak_memory_bytes)), output.string());
-  if (!low_rank) text += with_suffix(output, ".plan.json").string() + "\n";
+  if (!has_router) text += with_suffix(output, ".plan.json").string() + "\n";
   return text + with_suffix(output, ".report.json").string() + "\n" +
          with_suffix(output, ".report.html").string() + "\n";
+}
+
+/// "3,5-8" as 3, 5, 6, 7, 8; nothing where it is no such list.
+std::optional<std::vector<int>> parse_layers(const std::string& text) {
+  constexpr int kMost = 1 << 16;
+  std::vector<int> layers;
+  const char* at = text.data();
+  const char* const end = at + text.size();
+  while (true) {
+    int first = 0;
+    std::from_chars_result read = std::from_chars(at, end, first);
+    int last = first;
+    if (read.ec == std::errc() && read.ptr != end && *read.ptr == '-') {
+      read = std::from_chars(read.ptr + 1, end, last);
+    }
+    if (read.ec != std::errc() || first < 0 || last < first || last > kMost) return std::nullopt;
+    for (int layer = first; layer <= last; ++layer) layers.push_back(layer);
+    if (read.ptr == end) return layers;
+    if (*read.ptr != ',') return std::nullopt;
+    at = read.ptr + 1;
+  }
 }
 
 void convert(Options& options) {
@@ -106,6 +137,7 @@ void convert(Options& options) {
       options.budget == "planned" ? converter::Budget::Planned : converter::Budget::Uniform;
   convert.plan = options.plan;
   convert.curves = options.curves;
+  if (!options.layers.empty()) convert.layers = *parse_layers(options.layers);
   if (!options.expert_type.empty()) convert.expert_dtype = dtype_from_name(options.expert_type);
   if (!options.router_type.empty()) convert.router_dtype = dtype_from_name(options.router_type);
 
@@ -142,8 +174,11 @@ void add_convert(CLI::App& app, Action& action) {
   cmd->add_option("--recipe", convert_options.recipe,
                   "fast: self-routed layers under a measured budget, minutes; best: the same, then "
                   "trained end to end; threshold: magnitude thresholds alone (TEAL), the rival; "
-                  "low-rank: experts behind low-rank routers, fitted and distilled layer by layer")
-      ->check(CLI::IsMember({"fast", "best", "threshold", "low-rank"}))
+                  "low-rank: experts behind low-rank routers, fitted and distilled layer by layer; "
+                  "paper, peer, sgatlin: the papers' students, trained from a random start (GELU "
+                  "experts behind a low-rank router or product keys, linear ones behind product "
+                  "keys), far worse at this size")
+      ->check(CLI::IsMember({"fast", "best", "threshold", "low-rank", "paper", "peer", "sgatlin"}))
       ->capture_default_str();
   cmd->add_option("--budget", options->budget,
                   "planned: spread by what each layer costs the model; uniform: the same fraction "
@@ -156,6 +191,21 @@ void add_convert(CLI::App& app, Action& action) {
                   "Plan from the curves measured for this plan, without measuring again");
   cmd->add_option("--tokens", convert_options.tokens, "Calibration tokens (default: the recipe's)")
       ->check(integer_between(1, std::int64_t{1} << 40));
+  cmd->add_option("--experts", convert_options.n_experts,
+                  "Experts of paper, peer, sgatlin (default: the first square from twice the dense "
+                  "MLP's neurons on); a square for product keys")
+      ->check(integer_between(1, std::int64_t{1} << 24));
+  cmd->add_option("--passes", convert_options.passes,
+                  "Their training's passes over the activations (default 3; the papers' 100)")
+      ->check(finite_between(0.001, 1e6));
+  cmd->add_option("--layers", options->layers,
+                  "Layers that they replace, as 3,5-8; the others stay dense (default: all)")
+      ->check(CLI::Validator(
+          [](std::string& found) {
+            return parse_layers(found) ? std::string()
+                                       : fmt::format("found '{}', expected LAYER[-LAYER],…", found);
+          },
+          "LAYER[-LAYER],…"));
   cmd->add_flag("--resume", convert_options.resume, "Go on from what an interrupted run left");
   cmd->add_option("--expert-type", options->expert_type,
                   "Format of the experts (default: the dense MLP's own where it can be written)")
@@ -169,7 +219,7 @@ void add_convert(CLI::App& app, Action& action) {
   options->run.activations = "f32";
   add_run_options(*cmd, options->run);
   cmd->footer(
-      R"(Leaves OUT.gguf, OUT.gguf.report.json, OUT.gguf.report.html and, unless low-rank,
+      R"(Leaves OUT.gguf, OUT.gguf.report.json, OUT.gguf.report.html and, for the first three recipes,
 OUT.gguf.plan.json for --plan and --curves. While it runs, what is finished is kept in
 OUT.gguf.state: after Ctrl-C or a crash, the same command with --resume goes on. The same seed and
 thread count give the same file, byte for byte.
@@ -177,6 +227,7 @@ thread count give the same file, byte for byte.
 Examples:
   moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --active 0.5
   moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --recipe best
+  moesaic convert SmolLM2.gguf -o peer.gguf --data wiki.valid.tokens --recipe peer --layers 5-20
   moesaic convert SmolLM2.gguf -o hybrid.gguf            (data-free: calibrates on its own samples)
   moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --resume)");
   cmd->callback([options, &action] { action = [options] { convert(*options); }; });

@@ -129,7 +129,7 @@ TEST_F(AssembleTest, MissingOrMisplacedLayers) {
   expect_refused({layers[0], layers[2], layers[1]});
   expect_refused({});
   SavedLayer without_view = layers[1];
-  without_view.view.reset();
+  without_view.mlp.reset();
   expect_refused({layers[0], without_view, layers[2]});
 }
 

@@ -56,6 +56,24 @@ ConvertReport some_report(int n_layers = 4) {
   return r;
 }
 
+// Layer 0 stays dense; the others have experts of two neurons.
+ConvertReport student_report() {
+  ConvertReport r = some_report();
+  for (LayerReport& l : r.layers) {
+    if (l.kind == "dense") continue;
+    l.kind = "gelu+product_key+softmax";
+    l.d_ff = 96;
+    l.n_shared = 24;
+    l.n_experts = 400;
+    l.expert_neurons = 2;
+    l.bypass_rank = 0;
+    l.active_fraction = 0.6;
+    l.error_closed_form = std::numeric_limits<double>::quiet_NaN();
+    l.expert_usage.assign(400, 0.06F);
+  }
+  return r;
+}
+
 // Layer 0 stays dense; of the others each neuron is kept by three tokens in ten, two by none.
 ConvertReport self_routed_report(int n_layers = 4, const std::string& kind = "glu+gate") {
   ConvertReport r = some_report(n_layers);
@@ -92,9 +110,9 @@ TEST(ReportJson, HasTheDocumentedKeys) {
     EXPECT_TRUE(json.contains(key)) << key;
   }
   ASSERT_EQ(json["layers"].size(), 4U);
-  for (const char* key : {"layer", "kind", "n_shared", "n_experts", "n_active", "router_rank",
-                          "bypass_rank", "error_closed_form", "error_distilled", "active_fraction",
-                          "sensitivity", "n_never_selected"}) {
+  for (const char* key : {"layer", "kind", "n_shared", "n_experts", "expert_neurons", "n_active",
+                          "router_rank", "bypass_rank", "error_closed_form", "error_distilled",
+                          "active_fraction", "sensitivity", "n_never_selected"}) {
     EXPECT_TRUE(json["layers"][1].contains(key)) << key;
   }
   EXPECT_EQ(json["layers"][0]["kind"], "dense");
@@ -154,6 +172,19 @@ TEST(ReportHtml, SelfRoutedPageSpeaksOfNoRouter) {
     EXPECT_NE(html.find("60.0\u00A0%"), html.npos);  // inputs, in the table
     EXPECT_EQ(html.find("before the recovery"), html.npos);
   }
+}
+
+TEST(ReportHtml, StudentsFromARandomStartHaveNoClosedForm) {
+  const std::string html = report_html(some_options(), student_report());
+  EXPECT_EQ(markup_fault(html), "");
+  EXPECT_EQ(count(html, "<svg "), 3U);  // error, budget, usage
+  EXPECT_EQ(count(html, "<table>"), 1U);
+  EXPECT_NE(html.find("gelu+product_key+softmax"), html.npos);
+  EXPECT_NE(html.find("random start"), html.npos);
+  EXPECT_EQ(html.find("nan"), html.npos);
+  const auto json = nlohmann::json::parse(report_json(some_options(), student_report()));
+  EXPECT_TRUE(json["layers"][1]["error_closed_form"].is_null());
+  EXPECT_EQ(json["layers"][1]["expert_neurons"], 2);
 }
 
 TEST(ReportHtml, RecoveryHasItsFigureAndLabelsWhatIsFromBefore) {
@@ -293,6 +324,16 @@ TEST(BudgetParts, SumToTheActiveFraction) {
   EXPECT_NEAR(parts.selected, 256.0 / 1536, 1e-12);
   EXPECT_NEAR(parts.router, router, 1e-12);
   EXPECT_NEAR(parts.bypass, bypass, 1e-12);
+}
+
+// A student of two rows a neuron and more experts than the dense MLP has neurons.
+TEST(BudgetParts, OfAStudentSumToItsActiveFraction) {
+  const LayerReport l = student_report().layers[1];
+  const BudgetParts parts = budget_parts(l);
+  EXPECT_NEAR(parts.shared, 2.0 / 3 * 24 / 96, 1e-12);
+  EXPECT_NEAR(parts.selected, 2.0 / 3 * 24 * 2 / 96, 1e-12);
+  EXPECT_EQ(parts.bypass, 0);
+  EXPECT_NEAR(parts.shared + parts.selected + parts.router, l.active_fraction, 1e-12);
 }
 
 TEST(RoutedParts, SumToTheActiveFraction) {

@@ -12,6 +12,7 @@
 #include "kernels/base/error.h"
 #include "tests/converter/packed_case.h"
 #include "tests/converter/scratch_folder.h"
+#include "tests/models/mixture_case.h"
 
 namespace moesaic::converter {
 namespace {
@@ -53,9 +54,9 @@ TEST_F(StateTest, LayerComesBackWhole) {
   EXPECT_FALSE(state.load_layer(0, config));
   const auto saved = state.load_layer(1, config);
   ASSERT_TRUE(saved);
-  ASSERT_TRUE(saved->view);
+  ASSERT_TRUE(saved->mlp);
   const kernels::SecretMoeView a = packed.view();
-  const kernels::SecretMoeView& b = *saved->view;
+  const kernels::SecretMoeView& b = std::get<kernels::SecretMoeView>(*saved->mlp);
   EXPECT_EQ(a.phi, b.phi);
   EXPECT_EQ(a.n_active, b.n_active);
   EXPECT_TRUE(same(a.shared, b.shared));
@@ -87,9 +88,42 @@ TEST_F(StateTest, LayerWithoutSharedNeuronsAndBypass) {
   StateFolder state(output, kFingerprint, false);
   const auto packed = packed_layer(3, 0, 0);
   const SavedLayer saved = state.save_layer(packed_report(2, packed), packed, config);
-  ASSERT_TRUE(saved.view);
-  EXPECT_EQ(saved.view->n_shared(), 0);
-  EXPECT_EQ(saved.view->bypass_rank(), 0);
+  ASSERT_TRUE(saved.mlp);
+  EXPECT_EQ(std::get<kernels::SecretMoeView>(*saved.mlp).n_shared(), 0);
+  EXPECT_EQ(std::get<kernels::SecretMoeView>(*saved.mlp).bypass_rank(), 0);
+}
+
+TEST_F(StateTest, MixtureComesBackWhole) {
+  const models::PackedMixture packed = models::packed_mixture(
+      {kernels::ExpertKind::Gelu, kernels::RouterKind::ProductKey, kernels::GateKind::Softmax}, 4,
+      config.d_model);
+  LayerReport report = dense_report(1);
+  report.kind = models::kind_name(packed.kind);
+  report.n_active = packed.n_active;
+  {
+    StateFolder state(output, kFingerprint, false);
+    state.save_layer(report, packed, config);
+  }
+  const StateFolder state(output, kFingerprint, true);
+  const auto saved = state.load_layer(1, config);
+  ASSERT_TRUE(saved && saved->mlp);
+  const kernels::MixtureView a = packed.view();
+  const auto& b = std::get<kernels::MixtureView>(*saved->mlp);
+  EXPECT_EQ(a.kind, b.kind);
+  EXPECT_TRUE(same(a.shared, b.shared));
+  EXPECT_TRUE(same(a.experts, b.experts));
+  EXPECT_TRUE(same(a.expert_bias, b.expert_bias));
+  EXPECT_TRUE(same(a.router_v, b.router_v));
+  EXPECT_TRUE(same(a.router_u, b.router_u));
+  EXPECT_TRUE(same(a.bias, b.bias));
+  const LayerReport& r = saved->report;
+  EXPECT_EQ(r.kind, "gelu+product_key+softmax");
+  EXPECT_EQ(r.n_experts, 9);
+  EXPECT_EQ(r.n_active, 2);
+  EXPECT_EQ(r.n_shared, 3);
+  EXPECT_EQ(r.expert_neurons, 4);
+  EXPECT_EQ(r.router_rank, 32);
+  EXPECT_EQ(r.d_ff, config.d_ff);
 }
 
 TEST_F(StateTest, DenseLayerComesBack) {
@@ -98,14 +132,14 @@ TEST_F(StateTest, DenseLayerComesBack) {
   {
     StateFolder state(output, kFingerprint, false);
     const SavedLayer saved = state.save_dense_layer(report);
-    EXPECT_FALSE(saved.view);
+    EXPECT_FALSE(saved.mlp);
     EXPECT_EQ(saved.file, nullptr);
   }
   const StateFolder state(output, kFingerprint, true);
   const auto saved = state.load_layer(1, config);
   ASSERT_TRUE(saved);
   EXPECT_EQ(saved->file, nullptr);
-  EXPECT_FALSE(saved->view);
+  EXPECT_FALSE(saved->mlp);
   EXPECT_EQ(saved->report.kind, "dense");
   EXPECT_EQ(saved->report.sensitivity, 0.5);
   EXPECT_TRUE(std::isnan(saved->report.error_distilled));
