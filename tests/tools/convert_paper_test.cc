@@ -68,19 +68,6 @@ TEST_F(ConvertPaper, EveryRecipeMakesAFileThatRuns) {
   }
 }
 
-TEST_F(ConvertPaper, MorePassesLeaveLess) {
-  const auto error = [&](const std::string& recipe, const char* passes) {
-    const ProgramRun run = run_program(
-        line(output_, recipe, {"--layers", "1", "--experts", "100", "--passes", passes}));
-    EXPECT_EQ(run.status, 0) << run.err;
-    return json::parse(std::ifstream(output_ + ".report.json"))["layers"][1]["error_distilled"]
-        .get<double>();
-  };
-  for (const char* recipe : {"peer", "sgatlin"}) {
-    EXPECT_LT(error(recipe, "40"), error(recipe, "1")) << recipe;
-  }
-}
-
 TEST_F(ConvertPaper, OnlyTheLayersAskedFor) {
   const ProgramRun run =
       run_program(line(output_, "peer", {"--layers", "0,2-2", "--experts", "100"}));
