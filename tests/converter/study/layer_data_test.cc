@@ -102,7 +102,8 @@ TEST(CollectLayer, ConstantOutputIsRefused) {
     collect_layer(l.model, tokens(4, 16), 0, l.monitor);
     FAIL();
   } catch (const InputError& e) {
-    EXPECT_NE(std::string(e.what()).find("layer 0 gives the same output"), std::string::npos)
+    EXPECT_NE(std::string(e.what()).find("layer 0: the MLP gives the same output"),
+              std::string::npos)
         << e.what();
   }
 }
