@@ -135,7 +135,8 @@ TEST_F(MixtureFile, ComesBackAsItWas) {
 
 TEST_F(MixtureFile, UnknownKindsListTheKnown) {
   GgufWriter w = writer_for("gelu+hash+softmax");
-  packed_mixture(kPeer).add_to(w, 1);
+  const PackedMixture p = packed_mixture(kPeer);
+  p.add_to(w, 1);
   const auto file = reopen(w);
   const std::string error = error_of<FormatError>([&] { read_mixture(*file, config_, 1); });
   EXPECT_PRED2(contains, error,
@@ -212,7 +213,8 @@ TEST_F(MixtureFile, ProductKeysNeedASquare) {
 
 TEST_F(MixtureFile, ActiveExpertsAreFewerThanExperts) {
   GgufWriter w = writer_for(kind_name(kPeer), 10);
-  packed_mixture(kPeer).add_to(w, 1);
+  const PackedMixture p = packed_mixture(kPeer);
+  p.add_to(w, 1);
   const auto file = reopen(w);
   EXPECT_PRED2(ends_with, error_of<FormatError>([&] { read_mixture(*file, config_, 1); }),
                "moesaic.layer.n_active of layer 1 is 10, expected 0 to 9, the number of experts");
