@@ -186,7 +186,13 @@ void Trainer::clear_gradients() {
       std::fill(t.gradient.begin(), t.gradient.end(), 0.0F);
     }
   }
-  for (Trained& t : tensors_) std::fill(t.adam.gradient().begin(), t.adam.gradient().end(), 0.0F);
+  for (int l = 0; l < model_.n_layers(); ++l) {
+    for (LowRankUpdate<Bfloat16>& update : model_.attention(l).updates()) {
+      for (const std::span<float> g : {update.a_gradient(), update.b_gradient()}) {
+        std::fill(g.begin(), g.end(), 0.0F);
+      }
+    }
+  }
 }
 
 double Trainer::gradient_norm(bool routers) {

@@ -11,6 +11,7 @@
 #include "kernels/base/error.h"
 #include "models/expert_usage.h"
 #include "models/secret_moe_file.h"
+#include "tests/models/expect_same.h"
 #include "tests/models/gguf_bytes.h"
 #include "tests/models/mixture_case.h"
 #include "tests/models/tiny_model.h"
@@ -39,19 +40,6 @@ GgufWriter writer_for(const std::string& kind, std::uint64_t n_active = 2) {
   w.set(std::string(kKeyLayerKind), GgufValue::string_array({"dense", kind}));
   w.set(std::string(kKeyLayerActive), GgufValue::u32_array({0, n_active}));
   return w;
-}
-
-void expect_same(const WeightView& a, const WeightView& b) {
-  EXPECT_EQ(a.rows, b.rows);
-  EXPECT_EQ(a.cols, b.cols);
-  ASSERT_EQ(a.empty(), b.empty());
-  if (a.empty()) return;
-  EXPECT_EQ(a.dtype, b.dtype);
-  EXPECT_EQ(std::memcmp(a.data, b.data, static_cast<std::size_t>(a.bytes())), 0);
-}
-
-void expect_same(std::span<const float> a, std::span<const float> b) {
-  EXPECT_TRUE(std::equal(a.begin(), a.end(), b.begin(), b.end()));
 }
 
 class MixtureFile : public ::testing::Test {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/base/error.h"
+#include "tests/models/expect_same.h"
 #include "tests/models/gguf_bytes.h"
 
 namespace moesaic::models {
@@ -65,18 +66,7 @@ GgufWriter hybrid_writer() {
   return w;
 }
 
-void expect_same(const WeightView& a, const WeightView& b) {
-  EXPECT_EQ(a.rows, b.rows);
-  EXPECT_EQ(a.cols, b.cols);
-  ASSERT_EQ(a.empty(), b.empty());
-  if (a.empty()) return;
-  EXPECT_EQ(a.dtype, b.dtype);
-  EXPECT_EQ(std::memcmp(a.data, b.data, static_cast<std::size_t>(a.bytes())), 0);
-}
-
-void expect_same(std::span<const float> a, std::span<const float> b) {
-  EXPECT_TRUE(std::equal(a.begin(), a.end(), b.begin(), b.end()));
-}
+using models::expect_same;
 
 void expect_same(const kernels::SecretMoeView& a, const kernels::SecretMoeView& b) {
   EXPECT_EQ(a.phi, b.phi);
