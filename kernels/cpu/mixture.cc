@@ -6,6 +6,7 @@
 #include "kernels/base/error.h"
 #include "kernels/cpu/matvec.h"
 #include "kernels/cpu/mixture_neurons.h"
+#include "kernels/cpu/part_shapes.h"
 #include "kernels/cpu/target.h"
 #include "kernels/exponential.h"
 #include "kernels/linear.h"
@@ -19,21 +20,7 @@ constexpr std::int64_t kChunk = 512;  // tokens that are routed together: bounds
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-void check_weight(std::string_view part, const WeightView& w, std::int64_t rows,
-                  std::int64_t cols) {
-  require<ShapeError>(w.rows == rows && w.cols == cols,
-                      "mixture: {} is [{}, {}], expected [{}, {}]", part, w.rows, w.cols, rows,
-                      cols);
-  const DTypeTraits& t = traits(w.dtype);
-  require<ShapeError>(cols % t.block_elems == 0,
-                      "mixture: {} has rows of {} {} elements, expected a multiple of {}", part,
-                      cols, t.name, t.block_elems);
-}
-
-void check_length(std::string_view part, std::size_t found, std::int64_t expected) {
-  require<ShapeError>(found == size(expected), "mixture: {} has {} elements, expected {}", part,
-                      found, expected);
-}
+constexpr PartShapes kParts = {"mixture"};
 
 void check_router(const MixtureView& layer) {
   const std::int64_t d_model = layer.d_model();
@@ -42,7 +29,7 @@ void check_router(const MixtureView& layer) {
   std::int64_t n_scores = n_experts;
   switch (layer.kind.router) {
     case RouterKind::LowRank:
-      check_weight("router V", layer.router_v, rank, d_model);
+      kParts.weight("router V", layer.router_v, rank, d_model);
       break;
     case RouterKind::FullRank:
       require<ShapeError>(layer.router_v.rows == 0,
@@ -57,12 +44,12 @@ void check_router(const MixtureView& layer) {
       require<ShapeError>(m * m == n_experts,
                           "mixture: {} experts behind product keys, expected a square", n_experts);
       n_scores = 2 * m;
-      check_weight("router V", layer.router_v, 2 * rank, d_model);
+      kParts.weight("router V", layer.router_v, 2 * rank, d_model);
       break;
     }
   }
-  check_weight("router U", layer.router_u, n_scores, rank);
-  check_length("router bias", layer.router_bias.size(), n_scores);
+  kParts.weight("router U", layer.router_u, n_scores, rank);
+  kParts.length("router bias", layer.router_bias.size(), n_scores);
 }
 
 // Y = X Wᵀ, threads splitting the rows of W: what one (row, token) pair gets depends on nothing
@@ -260,28 +247,28 @@ void check_shapes(const MixtureView& layer) {
   require<ShapeError>(layer.experts.rows % (c * layer.block) == 0,
                       "mixture: experts has {} rows, expected {} an expert", layer.experts.rows,
                       c * layer.block);
-  if (layer.n_shared() > 0) check_weight("shared", layer.shared, layer.shared.rows, d_model);
+  if (layer.n_shared() > 0) kParts.weight("shared", layer.shared, layer.shared.rows, d_model);
   const std::int64_t n_experts = layer.n_experts();
   require<ShapeError>(layer.n_active >= 0 && layer.n_active <= n_experts,
                       "mixture: n_active is {}, expected 0 to {}", layer.n_active, n_experts);
   if (n_experts > 0) {
-    check_weight("experts", layer.experts, layer.experts.rows, d_model);
+    kParts.weight("experts", layer.experts, layer.experts.rows, d_model);
     check_router(layer);
   } else {
     require<ShapeError>(layer.router_v.rows == 0 && layer.router_u.rows == 0,
                         "mixture: router has {} and {} rows, expected none without experts",
                         layer.router_v.rows, layer.router_u.rows);
-    check_length("router bias", layer.router_bias.size(), 0);
+    kParts.length("router bias", layer.router_bias.size(), 0);
   }
   const bool biased = layer.kind.expert == ExpertKind::Gelu;
-  check_length("shared bias", layer.shared_bias.size(), biased ? layer.n_shared() : 0);
-  check_length("expert bias", layer.expert_bias.size(), biased ? n_experts * layer.block : 0);
+  kParts.length("shared bias", layer.shared_bias.size(), biased ? layer.n_shared() : 0);
+  kParts.length("expert bias", layer.expert_bias.size(), biased ? n_experts * layer.block : 0);
   if (!layer.expert_mean.empty()) {
-    check_length("mean", layer.expert_mean.size(), n_experts * layer.block);
+    kParts.length("mean", layer.expert_mean.size(), n_experts * layer.block);
   }
   if (!layer.bypass_q.empty() || !layer.bypass_p.empty()) {
-    check_weight("bypass Q", layer.bypass_q, layer.bypass_rank(), d_model);
-    check_weight("bypass P", layer.bypass_p, d_model, layer.bypass_rank());
+    kParts.weight("bypass Q", layer.bypass_q, layer.bypass_rank(), d_model);
+    kParts.weight("bypass P", layer.bypass_p, d_model, layer.bypass_rank());
   }
 }
 

@@ -5,6 +5,7 @@
 
 #include "kernels/base/error.h"
 #include "kernels/cpu/matvec.h"
+#include "kernels/cpu/part_shapes.h"
 #include "kernels/cpu/secret_moe_paths.h"
 #include "kernels/cpu/target.h"
 #include "kernels/linear.h"
@@ -20,21 +21,7 @@ constexpr std::int64_t kChunk = 512;
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-void check_weight(std::string_view part, const WeightView& w, std::int64_t rows,
-                  std::int64_t cols) {
-  require<ShapeError>(w.rows == rows && w.cols == cols,
-                      "secret MoE: {} is [{}, {}], expected [{}, {}]", part, w.rows, w.cols, rows,
-                      cols);
-  const DTypeTraits& t = traits(w.dtype);
-  require<ShapeError>(cols % t.block_elems == 0,
-                      "secret MoE: {} has rows of {} {} elements, expected a multiple of {}", part,
-                      cols, t.name, t.block_elems);
-}
-
-void check_length(std::string_view part, std::size_t found, std::int64_t expected) {
-  require<ShapeError>(found == size(expected), "secret MoE: {} has {} elements, expected {}", part,
-                      found, expected);
-}
+constexpr PartShapes kParts = {"secret MoE"};
 
 }  // namespace
 
@@ -45,24 +32,24 @@ void check_shapes(const SecretMoeView& layer) {
       layer.shared.rows % 3 == 0 && layer.experts.rows % 3 == 0,
       "secret MoE: shared and experts have {} and {} rows, expected three per neuron",
       layer.shared.rows, layer.experts.rows);
-  if (layer.n_shared() > 0) check_weight("shared", layer.shared, layer.shared.rows, d_model);
+  if (layer.n_shared() > 0) kParts.weight("shared", layer.shared, layer.shared.rows, d_model);
   const std::int64_t n_experts = layer.n_experts();
   require<ShapeError>(layer.n_active >= 0 && layer.n_active <= n_experts,
                       "secret MoE: n_active is {}, expected 0 to {}", layer.n_active, n_experts);
   if (n_experts > 0) {
-    check_weight("experts", layer.experts, layer.experts.rows, d_model);
-    check_weight("router V", layer.router_v, layer.router_rank(), d_model);
-    check_weight("router U", layer.router_u, n_experts, layer.router_rank());
+    kParts.weight("experts", layer.experts, layer.experts.rows, d_model);
+    kParts.weight("router V", layer.router_v, layer.router_rank(), d_model);
+    kParts.weight("router U", layer.router_u, n_experts, layer.router_rank());
   } else {
     require<ShapeError>(layer.router_v.rows == 0 && layer.router_u.rows == 0,
                         "secret MoE: router has {} and {} rows, expected none without experts",
                         layer.router_v.rows, layer.router_u.rows);
   }
-  check_length("mean", layer.expert_mean.size(), n_experts);
-  check_length("router bias", layer.router_bias.size(), n_experts);
+  kParts.length("mean", layer.expert_mean.size(), n_experts);
+  kParts.length("router bias", layer.router_bias.size(), n_experts);
   if (!layer.bypass_q.empty() || !layer.bypass_p.empty()) {
-    check_weight("bypass Q", layer.bypass_q, layer.bypass_rank(), d_model);
-    check_weight("bypass P", layer.bypass_p, d_model, layer.bypass_rank());
+    kParts.weight("bypass Q", layer.bypass_q, layer.bypass_rank(), d_model);
+    kParts.weight("bypass P", layer.bypass_p, d_model, layer.bypass_rank());
   }
 }
 
