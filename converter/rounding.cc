@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/base/aligned_buffer.h"
 #include "kernels/base/error.h"
+#include "kernels/linear.h"
 #include "kernels/quant.h"
 
 namespace moesaic::converter {
@@ -28,6 +30,25 @@ void check(Matrix w, std::int64_t n, const DMatrix& l, DType dtype) {
                       traits(dtype).name, traits(dtype).block_elems);
 }
 
+// share[j, k] for a block B of k's and j behind it: row j of L_{>B,B} L_BB⁻¹.
+AlignedBuffer<float> shares_of_lost(const DMatrix& l, std::int64_t n, std::int64_t length) {
+  AlignedBuffer<float> shares(static_cast<std::size_t>(n * n));
+  std::vector<double> share(static_cast<std::size_t>(length));
+  for (std::int64_t first = 0; first < n; first += length) {
+    const std::int64_t end = std::min(n, first + length);
+    for (std::int64_t j = end; j < n; ++j) {
+      for (std::int64_t k = end - 1; k >= first; --k) {  // s L_BB = L_jB, from the last column on
+        double v = l.at(j, k);
+        for (std::int64_t i = k + 1; i < end; ++i)
+          v -= share[static_cast<std::size_t>(i - first)] * l.at(i, k);
+        share[static_cast<std::size_t>(k - first)] = v / l.at(k, k);
+      }
+      std::copy_n(share.begin(), end - first, shares.data() + j * n + first);
+    }
+  }
+  return shares;
+}
+
 }  // namespace
 
 void round_rows(Matrix w, DType dtype) {
@@ -42,41 +63,30 @@ void round_inputs(Context& ctx, Matrix w, const DMatrix& l, DType dtype) {
   check(w, n, l, dtype);
   if (dtype == DType::F32) return;
   const std::int64_t length = block_length(dtype, n);
-  // share[j, k] for a block B and j behind it: row j of L_{>B,B} L_BB⁻¹.
-  DMatrix share(n, n);
-  for (std::int64_t first = 0; first < n; first += length) {
-    const std::int64_t end = std::min(n, first + length);
-    for (std::int64_t j = end; j < n; ++j) {
-      for (std::int64_t k = end - 1; k >= first; --k) {  // s L_BB = L_jB, from the last column on
-        double v = l.at(j, k);
-        for (std::int64_t i = k + 1; i < end; ++i) v -= share.at(j, i) * l.at(i, k);
-        share.at(j, k) = v / l.at(k, k);
-      }
-    }
-  }
+  const AlignedBuffer<float> share = shares_of_lost(l, n, length);
   const int n_threads = ctx.pool.n_threads();
   ctx.pool.run([&](int thread) {
-    const Range rows = split(w.rows, n_threads, thread);
+    const Range range = split(w.rows, n_threads, thread);
+    if (range.size() == 0) return;
+    AlignedBuffer<float> lost_buffer(static_cast<std::size_t>(range.size() * n));
+    AlignedBuffer<float> wanted_buffer(static_cast<std::size_t>(range.size() * length));
     std::vector<std::byte> packed(static_cast<std::size_t>(row_bytes(dtype, length)));
-    std::vector<float> lost(static_cast<std::size_t>(n));
-    std::vector<double> wanted(static_cast<std::size_t>(length));
-    for (std::int64_t r = rows.begin; r < rows.end; ++r) {
-      float* row = w.row(r);
-      for (std::int64_t block = (n + length - 1) / length - 1; block >= 0; --block) {
-        const std::int64_t first = block * length;
-        const std::int64_t end = std::min(n, first + length);
-        std::copy(row + first, row + end, wanted.begin());
-        for (std::int64_t j = end; j < n; ++j) {
-          const double e = lost[static_cast<std::size_t>(j)];
-          if (e == 0) continue;
-          for (std::int64_t k = first; k < end; ++k)
-            wanted[static_cast<std::size_t>(k - first)] += e * share.at(j, k);
+    for (std::int64_t block = (n + length - 1) / length - 1; block >= 0; --block) {
+      const std::int64_t first = block * length;
+      const std::int64_t end = std::min(n, first + length);
+      const Matrix lost(lost_buffer.data() + first, range.size(), end - first, n);
+      const Matrix wanted(wanted_buffer.data(), range.size(), end - first);
+      kernels::gemm_on_this_thread(
+          false, false, 1, ConstMatrix(lost_buffer.data() + end, range.size(), n - end, n),
+          ConstMatrix(share.data() + end * n + first, n - end, end - first, n), 0, wanted);
+      for (std::int64_t r = 0; r < range.size(); ++r) {
+        float* row = w.row(range.begin + r) + first;
+        for (std::int64_t k = 0; k < end - first; ++k) {
+          lost.row(r)[k] = row[k];
+          row[k] += wanted.row(r)[k];
         }
-        const auto size = static_cast<std::size_t>(end - first);
-        std::copy_n(row + first, size, lost.begin() + first);
-        std::copy_n(wanted.begin(), size, row + first);
-        round_span(dtype, {row + first, size}, packed);
-        for (std::int64_t k = first; k < end; ++k) lost[static_cast<std::size_t>(k)] -= row[k];
+        round_span(dtype, {row, static_cast<std::size_t>(end - first)}, packed);
+        for (std::int64_t k = 0; k < end - first; ++k) lost.row(r)[k] -= row[k];
       }
     }
   });

@@ -93,6 +93,45 @@ void activation_slope(kernels::Activation phi, const float* x, std::int64_t n, f
   kernels::activation_slope(phi, {x, size(n)}, {value, size(n)}, {slope, size(n)});
 }
 
+std::int64_t keep_large(const double* x, const double* threshold, std::int64_t n, double* kept,
+                        std::uint32_t* marks) {
+  std::fill_n(marks, (n + 31) / 32, 0U);
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const bool large = std::abs(x[i]) >= threshold[i];
+    kept[i] = large ? x[i] : 0;
+    marks[i / 32] |= std::uint32_t{large} << (i % 32);
+    count += large;
+  }
+  return count;
+}
+
+std::int64_t keep_large(const float* x, const float* threshold, std::int64_t n, float* kept,
+                        std::uint32_t* marks) {
+  return kernels::keep_large(x, threshold, size(n), kept, marks);
+}
+
+kernels::NeuronCounts keep_slopes(const double* gate, const double* hidden, std::int64_t n,
+                                  double* a, double* u, double* slope) {
+  kernels::NeuronCounts counts;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const double product = a[i] * u[i];
+    const bool routed = gate == nullptr || std::abs(a[i]) >= gate[i];
+    const bool kept = routed && std::abs(product) >= hidden[i];
+    slope[i] = kept ? slope[i] * u[i] : 0;
+    a[i] = kept ? a[i] : 0;
+    u[i] = kept ? product : 0;
+    counts.routed += routed;
+    counts.kept += kept;
+  }
+  return counts;
+}
+
+kernels::NeuronCounts keep_slopes(const float* gate, const float* hidden, std::int64_t n, float* a,
+                                  float* u, float* slope) {
+  return kernels::keep_slopes(gate, hidden, size(n), a, u, slope);
+}
+
 double exponentials(const double* x, std::int64_t n, double shift, double* y) {
   double sum = 0;
   for (std::int64_t i = 0; i < n; ++i) sum += y[i] = std::exp(x[i] - shift);

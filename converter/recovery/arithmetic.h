@@ -7,6 +7,7 @@
 #include "kernels/base/aligned_buffer.h"
 #include "kernels/base/context.h"
 #include "kernels/base/view.h"
+#include "kernels/thresholds.h"
 
 /// What the backward passes are written in: one code for three precisions. Training runs in
 /// Bfloat16; Float64 lets the same code be checked against finite differences.
@@ -52,6 +53,16 @@ void activation_slope(kernels::Activation phi, const double* x, std::int64_t n, 
                       double* slope);
 void activation_slope(kernels::Activation phi, const float* x, std::int64_t n, float* value,
                       float* slope);
+
+/// kernels::keep_large and kernels::keep_slopes (kernels/thresholds.h).
+std::int64_t keep_large(const double* x, const double* threshold, std::int64_t n, double* kept,
+                        std::uint32_t* marks);
+std::int64_t keep_large(const float* x, const float* threshold, std::int64_t n, float* kept,
+                        std::uint32_t* marks);
+kernels::NeuronCounts keep_slopes(const double* gate, const double* hidden, std::int64_t n,
+                                  double* a, double* u, double* slope);
+kernels::NeuronCounts keep_slopes(const float* gate, const float* hidden, std::int64_t n, float* a,
+                                  float* u, float* slope);
 
 /// y_i = e^(x_i − shift), none of the differences above 0 but by rounding, and their sum.
 double exponentials(const double* x, std::int64_t n, double shift, double* y);

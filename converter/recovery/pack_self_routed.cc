@@ -5,6 +5,7 @@
 #include <functional>
 #include <limits>
 
+#include "converter/kth_largest.h"
 #include "converter/recovery/pack_matrix.h"
 #include "kernels/base/error.h"
 #include "kernels/linear.h"
@@ -51,18 +52,16 @@ float factor_for_share(Context& ctx, Matrix v, std::span<const float> threshold,
     float* row = v.row(t);
     for (std::int64_t i = 0; i < v.cols; ++i) {
       const float bound = threshold[static_cast<std::size_t>(i)];
-      row[i] = bound > 0 ? std::abs(row[i]) / bound : std::numeric_limits<float>::infinity();
+      const float ratio =
+          bound > 0 ? std::abs(row[i]) / bound : std::numeric_limits<float>::infinity();
+      row[i] = std::isnan(ratio) ? 0 : ratio;  // NaN is below every threshold
     }
   });
   if (n == 0) return 1;
-  float* ratios = v.data;
-  if (wanted <= 0) {
-    const float largest = *std::max_element(ratios, ratios + n);
-    return std::isinf(largest) ? 1 : std::nextafter(largest, std::numeric_limits<float>::max());
-  }
-  std::nth_element(ratios, ratios + std::min(wanted, n) - 1, ratios + n, std::greater<>());
-  const float factor = ratios[std::min(wanted, n) - 1];
-  return std::isinf(factor) ? 1 : factor;
+  const std::span<const float> ratios(v.data, static_cast<std::size_t>(n));
+  const float factor = kth_largest(ctx, ratios, std::clamp<std::int64_t>(wanted, 1, n));
+  if (std::isinf(factor)) return 1;
+  return wanted > 0 ? factor : std::nextafter(factor, std::numeric_limits<float>::max());
 }
 
 MatrixTypes types_of(const kernels::SelfRoutedView& layer) {

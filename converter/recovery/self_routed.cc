@@ -87,48 +87,6 @@ void SelfRoutedLayer<P>::refresh(Context& ctx) {
   scale(given_.hidden, kHidden, thresholds_.hidden);
 }
 
-// x̂ of one row and where it is x.
-template <class P>
-void SelfRoutedLayer<P>::keep_large(const Scalar* x, std::uint8_t* mask, Scalar* large) const {
-  const Scalar* threshold = thresholds_.input.data();
-  for (std::int64_t j = 0; j < shape_.d_model; ++j) {
-    const bool keep = std::abs(x[j]) >= threshold[j];
-    mask[j] = keep;
-    large[j] = keep ? x[j] : Scalar(0);
-  }
-}
-
-// From one token's products: gate becomes h's slope in the up product, up becomes h, and slope,
-// which holds φ' of the gate product, h's slope in the gate product. gate holds φ already.
-template <class P>
-SelfRoutedCounts SelfRoutedLayer<P>::keep_neurons(Scalar* gate, Scalar* up, Scalar* slope) const {
-  const Scalar* hidden = thresholds_.hidden.data();
-  const std::int64_t n = shape_.d_ff;
-  std::int32_t routed = 0;
-  std::int32_t kept = 0;
-  const auto pass = [&](auto&& routes) {
-    for (std::int64_t i = 0; i < n; ++i) {
-      const Scalar a = gate[i];
-      const Scalar product = a * up[i];
-      const bool route = routes(i, a);
-      // Both sides are evaluated, so that the loop has no branch and is vectorised.
-      const bool keep = route & (std::abs(product) >= hidden[i]);
-      routed += route;
-      kept += keep;
-      slope[i] = keep ? slope[i] * up[i] : Scalar(0);
-      gate[i] = keep ? a : Scalar(0);
-      up[i] = keep ? product : Scalar(0);
-    }
-  };
-  if (shape_.up_by_input) {
-    pass([](std::int64_t, Scalar) { return true; });
-  } else {
-    const Scalar* threshold = thresholds_.gate.data();
-    pass([threshold](std::int64_t i, Scalar a) { return std::abs(a) >= threshold[i]; });
-  }
-  return {.tokens = 1, .inputs = 0, .routed = routed, .kept = kept};
-}
-
 template <class P>
 void SelfRoutedLayer<P>::forward(Context& ctx, MatrixView<const Scalar> x, SelfRoutedTape<P>& tape,
                                  MatrixView<Scalar> y) const {
@@ -138,15 +96,14 @@ void SelfRoutedLayer<P>::forward(Context& ctx, MatrixView<const Scalar> x, SelfR
   const std::int64_t n = shape_.d_ff;
   const MatrixView<Operand> all = tape.x.reshape(m, d);
   const MatrixView<Operand> large = tape.large.reshape(m, d);
-  const MatrixView<std::uint8_t> mask = tape.mask.reshape(m, d);
+  const MatrixView<std::uint32_t> marks = tape.large_marks.reshape(m, (d + 31) / 32);
   const auto row = take_matrix<Scalar>(ctx, ctx.pool.n_threads(), std::max(d, n));
   std::vector<SelfRoutedCounts> counts(size(ctx.pool.n_threads()));
   for_each_row(ctx, m, [&](std::int64_t t, int thread) {
-    keep_large(x.row(t), mask.row(t), row.row(thread));
+    counts[size(thread)].inputs +=
+        keep_large(x.row(t), thresholds_.input.data(), d, row.row(thread), marks.row(t));
     to_operand(x.row(t), d, all.row(t));
     to_operand(row.row(thread), d, large.row(t));
-    std::int64_t& inputs = counts[size(thread)].inputs;
-    for (std::int64_t j = 0; j < d; ++j) inputs += mask.row(t)[j];
   });
   const auto gate = take_matrix<Scalar>(ctx, m, n);
   const auto up = take_matrix<Scalar>(ctx, m, n);
@@ -159,7 +116,11 @@ void SelfRoutedLayer<P>::forward(Context& ctx, MatrixView<const Scalar> x, SelfR
   for_each_row(ctx, m, [&](std::int64_t t, int thread) {
     Scalar* slope = row.row(thread);
     activation_slope(shape_.phi, gate.row(t), n, gate.row(t), slope);
-    counts[size(thread)].add(keep_neurons(gate.row(t), up.row(t), slope));
+    // gate becomes h's slope in the up product, up becomes h, slope h's slope in the gate product.
+    const kernels::NeuronCounts kept =
+        keep_slopes(shape_.up_by_input ? nullptr : thresholds_.gate.data(),
+                    thresholds_.hidden.data(), n, gate.row(t), up.row(t), slope);
+    counts[size(thread)].add({.tokens = 1, .inputs = 0, .routed = kept.routed, .kept = kept.kept});
     to_operand(slope, n, slope_gate.row(t));
     to_operand(gate.row(t), n, slope_up.row(t));
     to_operand(up.row(t), n, h.row(t));
@@ -209,9 +170,10 @@ void SelfRoutedLayer<P>::backward(Context& ctx, bool straight_through, MatrixVie
   if (shape_.up_by_input) add_up();
   if (!straight_through) {
     for_each_row(ctx, m, [&](std::int64_t t, int) {
-      const std::uint8_t* mask = tape.mask.view().row(t);
+      const std::uint32_t* marks = tape.large_marks.view().row(t);
       Scalar* to = dx.row(t);
-      for (std::int64_t j = 0; j < d; ++j) to[j] = mask[j] != 0 ? to[j] : Scalar(0);
+      for (std::int64_t j = 0; j < d; ++j)
+        to[j] *= static_cast<Scalar>(marks[j / 32] >> j % 32 & 1);
     });
   }
   if (!shape_.up_by_input) add_up();

@@ -59,9 +59,9 @@ struct SelfRoutedCounts {
 /// What the way back needs from the way forward.
 template <class P>
 struct SelfRoutedTape {
-  Storage<typename P::Operand> x, large;              // [n, d_model] x and x̂
-  Storage<std::uint8_t> mask;                         // [n, d_model] 1 where x̂ is x
-  Storage<typename P::Operand> h;                     // [n, d_ff]
+  Storage<typename P::Operand> x, large;  // [n, d_model] x and x̂
+  Storage<std::uint32_t> large_marks;     // [n, ⌈d_model / 32⌉] bits, where x̂ is x
+  Storage<typename P::Operand> h;         // [n, d_ff]
   Storage<typename P::Operand> slope_gate, slope_up;  // [n, d_ff] ∂h/∂(gate·x̂), ∂h/∂(up·x)
   SelfRoutedCounts counts;                            // of its tokens
 };
@@ -100,9 +100,6 @@ class SelfRoutedLayer {
   SelfRoutedTriple& factors() { return factors_; }
 
  private:
-  void keep_large(const Scalar* x, std::uint8_t* mask, Scalar* large) const;
-  SelfRoutedCounts keep_neurons(Scalar* gate, Scalar* up, Scalar* slope) const;
-
   SelfRoutedShape shape_;
   SelfRoutedParameters<Scalar>& parameters_;
   SelfRoutedThresholds<Scalar> given_, thresholds_;

@@ -7,8 +7,8 @@
 #include "kernels/cpu/row_split.h"
 #include "kernels/cpu/self_routed_sparse.h"
 #include "kernels/cpu/target.h"
-#include "kernels/cpu/thresholds.h"
 #include "kernels/panels.h"
+#include "kernels/thresholds.h"
 
 namespace moesaic::kernels {
 namespace {

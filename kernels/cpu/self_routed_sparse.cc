@@ -5,9 +5,9 @@
 #include "kernels/columns.h"
 #include "kernels/cpu/column_product.h"
 #include "kernels/cpu/neuron_product.h"
-#include "kernels/cpu/thresholds.h"
 #include "kernels/neurons.h"
 #include "kernels/rms_norm.h"
+#include "kernels/thresholds.h"
 
 namespace moesaic::kernels {
 namespace {

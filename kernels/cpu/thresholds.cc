@@ -1,4 +1,4 @@
-#include "kernels/cpu/thresholds.h"
+#include "kernels/thresholds.h"
 
 #include <bit>
 #include <cmath>
@@ -108,6 +108,52 @@ NeuronCounts all_neurons(const float* a, const float* u, const float* gate, cons
   return neurons<false>(a, u, gate, hidden, n, h, marks);
 }
 
+template <bool kGated>
+NeuronCounts slopes(const float* gate, const float* hidden, std::size_t n, float* a, float* u,
+                    float* slope) {
+  const Tag d;
+  const std::size_t lanes = hn::Lanes(d);
+  NeuronCounts counts;
+  std::size_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const auto v = hn::LoadU(d, a + i);
+    const auto up = hn::LoadU(d, u + i);
+    const auto product = hn::Mul(v, up);
+    auto mask = at_least(product, hidden + i);
+    if constexpr (kGated) {
+      const auto routed = at_least(v, gate + i);
+      counts.routed += static_cast<std::int64_t>(hn::CountTrue(d, routed));
+      mask = hn::And(mask, routed);
+    }
+    counts.kept += static_cast<std::int64_t>(hn::CountTrue(d, mask));
+    hn::StoreU(hn::IfThenElseZero(mask, hn::Mul(hn::LoadU(d, slope + i), up)), d, slope + i);
+    hn::StoreU(hn::IfThenElseZero(mask, v), d, a + i);
+    hn::StoreU(hn::IfThenElseZero(mask, product), d, u + i);
+  }
+  for (; i < n; ++i) {
+    const bool routed = !kGated || std::fabs(a[i]) >= gate[i];
+    const float product = a[i] * u[i];
+    const bool kept = routed && std::fabs(product) >= hidden[i];
+    counts.routed += kGated && routed;
+    counts.kept += kept;
+    slope[i] = kept ? slope[i] * u[i] : 0.0f;
+    a[i] = kept ? a[i] : 0.0f;
+    u[i] = kept ? product : 0.0f;
+  }
+  if constexpr (!kGated) counts.routed = static_cast<std::int64_t>(n);
+  return counts;
+}
+
+NeuronCounts gated_slopes(const float* gate, const float* hidden, std::size_t n, float* a, float* u,
+                          float* slope) {
+  return slopes<true>(gate, hidden, n, a, u, slope);
+}
+
+NeuronCounts all_slopes(const float* gate, const float* hidden, std::size_t n, float* a, float* u,
+                        float* slope) {
+  return slopes<false>(gate, hidden, n, a, u, slope);
+}
+
 }  // namespace
 }  // namespace HWY_NAMESPACE
 }  // namespace moesaic::kernels
@@ -119,6 +165,8 @@ namespace moesaic::kernels {
 HWY_EXPORT(large);
 HWY_EXPORT(gated_neurons);
 HWY_EXPORT(all_neurons);
+HWY_EXPORT(gated_slopes);
+HWY_EXPORT(all_slopes);
 
 std::int64_t keep_large(const float* x, const float* threshold, std::size_t n, float* kept,
                         std::uint32_t* marks) {
@@ -130,6 +178,13 @@ NeuronCounts keep_neurons(const float* a, const float* u, const float* gate, con
   const auto run =
       gate == nullptr ? HWY_DYNAMIC_DISPATCH(all_neurons) : HWY_DYNAMIC_DISPATCH(gated_neurons);
   return run(a, u, gate, hidden, n, h, marks);
+}
+
+NeuronCounts keep_slopes(const float* gate, const float* hidden, std::size_t n, float* a, float* u,
+                         float* slope) {
+  const auto run =
+      gate == nullptr ? HWY_DYNAMIC_DISPATCH(all_slopes) : HWY_DYNAMIC_DISPATCH(gated_slopes);
+  return run(gate, hidden, n, a, u, slope);
 }
 
 }  // namespace moesaic::kernels

@@ -5,8 +5,8 @@
 
 namespace moesaic::kernels {
 
-// The element-wise passes of self_routed(), on the calling thread. Marks are words of 32 bits, bit
-// i % 32 of marks[i / 32] for element i. NaN is below every threshold.
+// The element-wise passes of self_routed() and of its training, on the calling thread. Marks are
+// words of 32 bits, bit i % 32 of marks[i / 32] for element i. NaN is below every threshold.
 
 /// Marks |x_i| >= threshold_i and, unless kept is null, kept_i = x_i there and 0 elsewhere; kept
 /// may be x. Returns how many. marks [⌈n / 32⌉].
@@ -22,5 +22,11 @@ struct NeuronCounts {
 /// routed.
 NeuronCounts keep_neurons(const float* a, const float* u, const float* gate, const float* hidden,
                           std::size_t n, float* h, std::uint32_t* marks);
+
+/// For a backward pass, in place: where keep_neurons() keeps neuron i, h_i = a_i u_i takes the
+/// place of u_i, ∂h_i/∂g_i = φ'_i u_i that of slope_i = φ'_i, and ∂h_i/∂u_i = a_i stays; elsewhere
+/// all three become 0.
+NeuronCounts keep_slopes(const float* gate, const float* hidden, std::size_t n, float* a, float* u,
+                         float* slope);
 
 }  // namespace moesaic::kernels
