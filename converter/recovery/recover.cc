@@ -350,7 +350,10 @@ std::int64_t recovery_bytes(const models::Checkpoint& hybrid, const RecoverOptio
   const std::int64_t tapes =
       std::min(std::int64_t{4} << 30,
                (10 * c.d_ff + 16 * c.d_model + 12 * heads) * options.part * c.n_layers);
-  return (4 * 4 + 2) * mlps + frozen + tapes + 2 * n_tokens * c.d_model +
+  // Inputs, outputs and hidden values of a layer on the text that rounding goes by, and moments.
+  const std::int64_t packing =
+      4 * kRoundingTokens * (5 * c.d_model + 3 * c.d_ff) + 16 * c.d_ff * c.d_ff;
+  return (4 * 4 + 2) * mlps + frozen + tapes + packing + 2 * n_tokens * c.d_model +
          hybrid.file->file_bytes() * 3 + (std::int64_t{300} << 20);
 }
 

@@ -66,7 +66,8 @@ void write_recovered(const models::GgufFile& hybrid, const Recovered& recovered,
                      const std::filesystem::path& output);
 
 /// Bytes that recover() takes beside what is mapped: parameters, gradients and Adam's moments,
-/// their operands, one part's tapes, the frozen weights and the teacher's hidden states.
+/// their operands, one part's tapes, the frozen weights, the teacher's hidden states and what
+/// packing a layer takes.
 std::int64_t recovery_bytes(const models::Checkpoint& hybrid, const RecoverOptions& options,
                             std::int64_t n_tokens);
 
