@@ -6,48 +6,22 @@
 
 #include "converter/distill.h"
 #include "converter/fit.h"
+#include "converter/layerwise.h"
 #include "converter/linalg.h"
 #include "converter/sensitivity.h"
 #include "converter/stream.h"
-#include "kernels/quant.h"
 
 namespace moesaic::converter {
 namespace {
 
-constexpr std::int64_t kTile = 2048;  // rows per pass of a converted layer
-
-// The format of a layer's expert rows: what was asked for, else the dense layer's own where it can
-// be written and d_model is a whole number of its blocks, else Q8_0, else BF16.
 DType expert_dtype(const ConvertOptions& options, const models::DenseMlp& mlp) {
-  const std::int64_t d = mlp.w_gate.cols;
-  const auto fits = [&](DType t) {
-    return kernels::can_quantize(t) && d % traits(t).block_elems == 0;
-  };
-  if (options.expert_dtype) {
-    require<InputError>(fits(*options.expert_dtype),
-                        "--expert-type: {} cannot hold rows of {} weights",
-                        traits(*options.expert_dtype).name, d);
-    return *options.expert_dtype;
-  }
-  if (fits(mlp.w_gate.dtype)) return mlp.w_gate.dtype;
-  return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
+  return format_for("--expert-type", options.expert_dtype, mlp.w_gate.dtype, {mlp.w_gate.cols});
 }
 
-// The same for router and bypass, whose rows are d_model or a rank long.
+// Of router and bypass, whose rows are d_model or a rank long.
 DType router_dtype(const ConvertOptions& options, const PlanShape& s) {
-  const auto fits = [&](DType t) {
-    const std::int64_t b = traits(t).block_elems;
-    return kernels::can_quantize(t) && s.d_model % b == 0 && s.router_rank % b == 0 &&
-           s.bypass_rank % b == 0;
-  };
-  if (options.router_dtype) {
-    require<InputError>(
-        fits(*options.router_dtype),
-        "--router-type: {} cannot hold rows of {}, {} (router rank) and {} (bypass rank) weights",
-        traits(*options.router_dtype).name, s.d_model, s.router_rank, s.bypass_rank);
-    return *options.router_dtype;
-  }
-  return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
+  return format_for("--router-type", options.router_dtype, DType::Q8_0,
+                    {s.d_model, s.router_rank, s.bypass_rank});
 }
 
 std::string plan_to_json(std::span<const LayerPlan> plans, std::span<const double> sensitivity) {
@@ -121,7 +95,8 @@ class Conversion {
       hybrid_.mlp(layer, dense_mlp(layer));
     } else {
       hybrid_.mlp_input(layer, x());
-      run_converted(layer, std::get<kernels::SecretMoeView>(*saved.mlp), nullptr);
+      std::vector<float> usage;
+      finish(layer, *saved.mlp, usage);
     }
   }
 
@@ -201,8 +176,9 @@ class Conversion {
 
   // After fit(): moves the hybrid's stream over the converted layer, counting how often each expert
   // runs.
-  void finish(int layer, const kernels::SecretMoeView& view, std::vector<float>& usage) {
-    run_converted(layer, view, &usage);
+  void finish(int layer, const models::Mlp& mlp, std::vector<float>& usage) {
+    run_counted(ctx_, mlp, x(), y(), usage);
+    hybrid_.add_mlp_output(layer, y());
   }
 
  private:
@@ -222,26 +198,6 @@ class Conversion {
         y_[static_cast<std::size_t>(i)] += share * (dense[i] - hybrid[i]);
       }
     });
-  }
-
-  // hybrid r += post_norm?(layer(x)), x being the hybrid's MLP input.
-  void run_converted(int layer, const kernels::SecretMoeView& view, std::vector<float>* usage) {
-    std::vector<std::int64_t> counts(static_cast<std::size_t>(view.n_experts()));
-    std::vector<std::int32_t> selected(
-        static_cast<std::size_t>(std::min(kTile, n_) * view.n_active));
-    for (std::int64_t first = 0; first < n_; first += kTile) {
-      const std::int64_t rows = std::min(kTile, n_ - first);
-      const auto ids = std::span(selected).first(static_cast<std::size_t>(rows * view.n_active));
-      kernels::secret_moe(ctx_, view, x().slice(first, rows), y().slice(first, rows),
-                          kernels::MoePath::Masked, ids);
-      for (const std::int32_t id : ids) ++counts[static_cast<std::size_t>(id)];
-    }
-    hybrid_.add_mlp_output(layer, y());
-    if (usage != nullptr) {
-      usage->clear();
-      for (const std::int64_t c : counts)
-        usage->push_back(static_cast<float>(c) / static_cast<float>(n_));
-    }
   }
 
   const Job& job_;
@@ -273,6 +229,7 @@ PlanShape plan_shape(const models::ModelConfig& config, const Recipe& recipe) {
 }
 
 void check_low_rank(const Job& job, const models::Checkpoint& checkpoint) {
+  check_layerwise(job.options, checkpoint.config);
   if (job.options.active < 1) plan_for_fraction(job.shape, job.options.active);
   router_dtype(job.options, job.shape);
   for (const auto& layer : checkpoint.layers) {
@@ -294,13 +251,11 @@ std::int64_t low_rank_memory(const Job& job) {
 }
 
 LowRankConversion::LowRankConversion(const Job& job, models::Transformer& model, StateFolder& state)
-    : job_(job), model_(model), state_(state), kept_plan_(state.load_plan()) {
-  while (static_cast<int>(saved_.size()) < model.config().n_layers) {
-    auto kept = state.load_layer(static_cast<int>(saved_.size()), model.config());
-    if (!kept) break;
-    saved_.push_back(std::move(*kept));
-  }
-}
+    : job_(job),
+      model_(model),
+      state_(state),
+      kept_plan_(state.load_plan()),
+      saved_(kept_layers(state, model.config())) {}
 
 std::int64_t LowRankConversion::sensitivity_tokens() const {
   return std::min(job_.recipe.sensitivity_tokens, job_.n_tokens / 3);

@@ -4,10 +4,10 @@
 #include <cmath>
 #include <limits>
 
+#include "converter/layerwise.h"
 #include "converter/study/layer_data.h"
 #include "converter/study/pack_student.h"
 #include "converter/study/train.h"
-#include "kernels/quant.h"
 
 namespace moesaic::converter {
 namespace {
@@ -25,48 +25,15 @@ study::TrainOptions train_options(const Job& job, int layer) {
   return train;
 }
 
-// What was asked for, else Q8_0 where rows of all these lengths are whole blocks, else BF16:
-// trained rows lie on no grid, and a coarser one is one more loss.
-DType dtype_for(std::string_view flag, std::optional<DType> wanted,
-                std::initializer_list<std::int64_t> lengths) {
-  const auto fits = [&](DType t) {
-    return kernels::can_quantize(t) && std::all_of(lengths.begin(), lengths.end(), [&](auto n) {
-             return n % traits(t).block_elems == 0;
-           });
-  };
-  if (!wanted) return fits(DType::Q8_0) ? DType::Q8_0 : DType::BF16;
-  require<InputError>(fits(*wanted), "{}: {} cannot hold rows of {} weights", flag,
-                      traits(*wanted).name, fmt::join(lengths, " and "));
-  return *wanted;
-}
-
+// Trained rows lie on no grid, and a coarser one is one more loss: Q8_0 where nothing was asked
+// for.
 DType expert_dtype(const Job& job, const study::StudentShape& s) {
-  return dtype_for("--expert-type", job.options.expert_dtype, {s.d_model});
+  return format_for("--expert-type", job.options.expert_dtype, DType::Q8_0, {s.d_model});
 }
 
 DType router_dtype(const Job& job, const study::StudentShape& s) {
   const std::int64_t rank = s.router_rank > 0 ? s.router_rank : s.d_model;
-  return dtype_for("--router-type", job.options.router_dtype, {s.d_model, rank});
-}
-
-// y = layer(x) tile by tile, counting who is selected.
-void run_counted(Context& ctx, const models::Mlp& mlp, ConstMatrix x, Matrix y,
-                 std::vector<float>& usage) {
-  constexpr std::int64_t kTile = 2048;
-  const auto& layer = std::get<kernels::MixtureView>(mlp);
-  std::vector<std::int64_t> counts(static_cast<std::size_t>(layer.n_experts()));
-  std::vector<std::int32_t> selected(
-      static_cast<std::size_t>(std::min(kTile, x.rows) * layer.n_active));
-  for (std::int64_t first = 0; first < x.rows; first += kTile) {
-    const std::int64_t rows = std::min(kTile, x.rows - first);
-    const auto ids = std::span(selected).first(static_cast<std::size_t>(rows * layer.n_active));
-    models::mlp_forward(ctx, mlp, {.x = x.slice(first, rows)}, y.slice(first, rows), ids);
-    for (const std::int32_t id : ids) ++counts[static_cast<std::size_t>(id)];
-  }
-  usage.clear();
-  for (const std::int64_t c : counts) {
-    usage.push_back(static_cast<float>(c) / static_cast<float>(x.rows));
-  }
+  return format_for("--router-type", job.options.router_dtype, DType::Q8_0, {s.d_model, rank});
 }
 
 }  // namespace
@@ -102,18 +69,10 @@ study::StudentShape student_of(const Job& job, const models::ModelConfig& config
 }
 
 void check_paper(const Job& job, const models::Checkpoint& checkpoint) {
-  const ConvertOptions& o = job.options;
-  require<InputError>(o.plan.empty() && o.curves.empty(),
-                      "--{}: the recipe \"{}\" makes no use of a plan",
-                      o.plan.empty() ? "curves" : "plan", o.recipe);
+  check_layerwise(job.options, checkpoint.config);
   const study::StudentShape shape = student_of(job, checkpoint.config);
   expert_dtype(job, shape);
   router_dtype(job, shape);
-  for (const int layer : o.layers) {
-    require<InputError>(layer >= 0 && layer < checkpoint.config.n_layers,
-                        "--layers: {} given, the checkpoint has layers 0 to {}", layer,
-                        checkpoint.config.n_layers - 1);
-  }
 }
 
 std::int64_t paper_memory(const Job& job, const models::ModelConfig& config) {
@@ -127,18 +86,11 @@ std::int64_t paper_memory(const Job& job, const models::ModelConfig& config) {
 }
 
 PaperConversion::PaperConversion(const Job& job, models::Transformer& model, StateFolder& state)
-    : job_(job), model_(model), state_(state), shape_(student_of(job, model.config())) {
-  while (static_cast<int>(saved_.size()) < model.config().n_layers) {
-    auto kept = state.load_layer(static_cast<int>(saved_.size()), model.config());
-    if (!kept) break;
-    saved_.push_back(std::move(*kept));
-  }
-}
-
-bool PaperConversion::converts(int layer) const {
-  const std::vector<int>& wanted = job_.options.layers;
-  return wanted.empty() || std::find(wanted.begin(), wanted.end(), layer) != wanted.end();
-}
+    : job_(job),
+      model_(model),
+      state_(state),
+      shape_(student_of(job, model.config())),
+      saved_(kept_layers(state, model.config())) {}
 
 // Nanoseconds as in the study's ETA (study.cc).
 double PaperConversion::train_cost() const {
@@ -159,7 +111,7 @@ double PaperConversion::cost() const {
   const int n_layers = model_.config().n_layers;
   double trained = 0;
   for (int layer = static_cast<int>(saved_.size()); layer < n_layers; ++layer) {
-    if (converts(layer)) trained += train_cost();
+    if (converts(job_.options, layer)) trained += train_cost();
   }
   return trained + kPassCost * static_cast<double>(job_.n_tokens) * n_layers;
 }
@@ -245,7 +197,7 @@ std::vector<SavedLayer> PaperConversion::run(const Calibration& calibration, Sch
       monitor.stage(fmt::format("layer {}: run the text", layer), 1);
       stream.attention(layer);
       const bool kept = layer < n_kept;
-      if (!kept && converts(layer)) {
+      if (!kept && converts(job_.options, layer)) {
         saved_.push_back(convert_layer(layer, calibration, stream, schedule, monitor));
         continue;
       }

@@ -29,7 +29,6 @@ class PaperConversion {
                               ConvertReport& report, engine::Monitor& monitor);
 
  private:
-  bool converts(int layer) const;
   double train_cost() const;  // of one layer
   SavedLayer convert_layer(int layer, const Calibration& calibration, Stream& stream,
                            Schedule& schedule, engine::Monitor& monitor);
