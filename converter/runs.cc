@@ -43,6 +43,11 @@ class Document {
     if (!value.is_number()) fail(fmt::format("{} is not a number", pointer));
     return value.get<double>();
   }
+  /// Nothing where it stands as null.
+  std::optional<double> known(const std::string& pointer) const {
+    if (at(pointer).is_null()) return std::nullopt;
+    return number(pointer);
+  }
   std::string text(const std::string& pointer) const {
     const Json& value = at(pointer);
     if (!value.is_string()) fail(fmt::format("{} is not a string", pointer));
@@ -113,7 +118,8 @@ Run compared_run(const std::filesystem::path& path, const std::map<std::string, 
     const std::string text = fmt::format("/texts/{}", i);
     if (i == 0) {
       quality.text = file_name(compared.text(text + "/data"));
-      run.active_fraction = compared.number(text + "/active_fraction");
+      // A device does not count them.
+      run.active_fraction = compared.known(text + "/active_fraction").value_or(run.active_fraction);
     } else {
       quality.ratio_out =
           std::max(quality.ratio_out.value_or(0), compared.number(text + "/ppl_ratio"));

@@ -306,15 +306,18 @@ Perplexity evaluate_perplexity(Transformer& model, const Tokenizer& tokenizer,
 
 Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const Tokenizer& tokenizer,
                                std::span<const std::int32_t> tokens, const ChunkOptions& options,
-                               engine::Monitor& monitor) {
+                               engine::Monitor& monitor, engine::Decoder* dense_on_device,
+                               engine::Decoder* hybrid_on_device) {
   require<InputError>(dense.config().vocab_size == hybrid.config().vocab_size,
                       "vocabularies differ: {} and {} entries, expected two models with one",
                       dense.config().vocab_size, hybrid.config().vocab_size);
   Chunks chunks(tokens, tokenizer, options,
                 std::min(dense.config().context_length, hybrid.config().context_length));
   check_ids(tokens, dense.config().vocab_size);
-  SequenceRunner dense_runner(dense, options.n_ctx, chunks.first_scored(), chunks.n_scored());
-  SequenceRunner hybrid_runner(hybrid, options.n_ctx, chunks.first_scored(), chunks.n_scored());
+  SequenceRunner dense_runner(dense, options.n_ctx, chunks.first_scored(), chunks.n_scored(),
+                              dense_on_device);
+  SequenceRunner hybrid_runner(hybrid, options.n_ctx, chunks.first_scored(), chunks.n_scored(),
+                               hybrid_on_device);
   std::vector<TokenDivergence> positions(
       static_cast<std::size_t>(chunks.size() * chunks.n_scored()));
   Mean nll_dense, nll_hybrid, kl;
@@ -355,10 +358,12 @@ Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const To
     monitor.advance(c + 1, fmt::format("ppl {:.3f} / {:.3f}, KL {:.4f}", std::exp(nll_dense.mean()),
                                        std::exp(nll_hybrid.mean()), kl.mean()));
   }
+  std::optional<double> fraction;
+  if (hybrid_on_device == nullptr) fraction = active / static_cast<double>(chunks.size());
   return {.dense = summary(nll_dense, options, chunks.size(), dense_runner.seconds()),
           .hybrid = summary(nll_hybrid, options, chunks.size(), hybrid_runner.seconds()),
           .statistics = divergence_statistics(positions),
-          .active_fraction = active / static_cast<double>(chunks.size())};
+          .active_fraction = fraction};
 }
 
 TokenScores score_tokens(Transformer& model, std::span<const std::int32_t> ids, int top_n,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -41,15 +42,17 @@ struct Divergence {
   Perplexity dense;
   Perplexity hybrid;
   DivergenceStatistics statistics;  // over scored positions; base is the dense model
-  // Multiply-adds of the hybrid's MLPs over those of dense ones, of all tokens of the chunks.
-  double active_fraction = 1;
+  // Multiply-adds of the hybrid's MLPs over those of dense ones, of all tokens of the chunks;
+  // nothing where it ran on a device, which does not count them.
+  std::optional<double> active_fraction;
 };
 
-/// Resets the hybrid's tally, which counts its multiply-adds. Throws InputError as above, and if
-/// the vocabularies differ.
+/// Resets the hybrid's tally, which counts its multiply-adds. `…_on_device` as above. Throws
+/// InputError as above, and if the vocabularies differ.
 Divergence evaluate_divergence(Transformer& dense, Transformer& hybrid, const Tokenizer& tokenizer,
                                std::span<const std::int32_t> tokens, const ChunkOptions& options,
-                               engine::Monitor& monitor);
+                               engine::Monitor& monitor, engine::Decoder* dense_on_device = nullptr,
+                               engine::Decoder* hybrid_on_device = nullptr);
 
 /// Log-probabilities of given ids in one sequence, no BOS added; `on_device` as above.
 struct TokenScores {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <filesystem>
 #include <memory>
+#include <optional>
 
 #include "engine/throughput.h"
 #include "models/evaluate.h"
@@ -38,10 +39,10 @@ struct CompareOptions {
 /// Everything measured about one of the two models.
 struct Side {
   std::string path;
-  std::string recipe;                   // that made the file; empty where it says none
-  models::Perplexity quality;           // of the first text
-  std::vector<double> prefill, decode;  // tokens/s, one per repetition
-  double bytes_per_token = 0;           // of decode
+  std::string recipe;                     // that made the file; empty where it says none
+  models::Perplexity quality;             // of the first text
+  std::vector<double> prefill, decode;    // tokens/s, one per repetition
+  std::optional<double> bytes_per_token;  // of decode; the CPU's kernels alone count them
   double active_fraction = 1;
   std::int64_t file_bytes = 0;
   std::int64_t resident_bytes = 0;
@@ -99,7 +100,7 @@ void measure_throughput(Model& dense, Model& hybrid, Side (&sides)[2],
   for (int r = 0; r < options.repetitions; ++r) {
     for (int i = 0; i < 2; ++i) {
       const int which = (i + r) % 2;
-      sides[which].prefill.push_back(engine::measure_prefill(models[which]->transformer,
+      sides[which].prefill.push_back(engine::measure_prefill(models[which]->decoder(),
                                                              runtime.tally, n_prefill, kBatch, 1,
                                                              silent)
                                          .mean);
@@ -109,14 +110,20 @@ void measure_throughput(Model& dense, Model& hybrid, Side (&sides)[2],
     for (int i = 0; i < 2; ++i) {
       const int which = (i + r) % 2;
       const engine::Throughput t =
-          engine::measure_decode(models[which]->transformer, runtime.tally, n_decode, 1, silent);
+          engine::measure_decode(models[which]->decoder(), runtime.tally, n_decode, 1, silent);
       sides[which].decode.push_back(t.mean);
-      sides[which].bytes_per_token += t.bytes_per_token / options.repetitions;
+      if (models[which]->on_gpu == nullptr) {
+        std::optional<double>& bytes = sides[which].bytes_per_token;
+        bytes = bytes.value_or(0) + t.bytes_per_token / options.repetitions;
+      }
       progress.advance(4 * r + 2 + i + 1, {});
       progress.check();
     }
   }
 }
+
+/// The number, or null for none.
+Json known(const std::optional<double>& value) { return value ? Json(*value) : Json(); }
 
 Json as_json(const Side& side) {
   Json json = {{"model", side.path},
@@ -126,7 +133,7 @@ Json as_json(const Side& side) {
                {"prefill_tps_stddev", sample_stddev(side.prefill)},
                {"decode_tps", side.decode_tps()},
                {"decode_tps_stddev", sample_stddev(side.decode)},
-               {"bytes_per_token", side.bytes_per_token},
+               {"bytes_per_token", known(side.bytes_per_token)},
                {"active_fraction", side.active_fraction},
                {"file_bytes", side.file_bytes},
                {"resident_bytes", side.resident_bytes}};
@@ -141,7 +148,7 @@ Json as_json(const TextResult& text) {
   Json json = {{"data", text.data},
                {"n_chunks", text.divergence.dense.n_chunks},
                {"n_tokens_scored", text.divergence.dense.n_tokens_scored},
-               {"active_fraction", text.divergence.active_fraction},
+               {"active_fraction", known(text.divergence.active_fraction)},
                {"dense", perplexity(text.divergence.dense)},
                {"hybrid", perplexity(text.divergence.hybrid)}};
   json.update(divergence_json(text.divergence.statistics));
@@ -159,6 +166,7 @@ Json as_json(const Side (&sides)[2], const std::vector<TextResult>& texts,
                {"n_chunks", first.dense.n_chunks},
                {"n_ctx", first.dense.n_ctx},
                {"n_tokens_scored", first.dense.n_tokens_scored},
+               {"device", options.run.device},
                {"n_threads", options.run.threads},
                {"activations", options.run.activations},
                {"repetitions", options.repetitions},
@@ -178,14 +186,15 @@ std::string text_blocks(const std::vector<TextResult>& texts) {
   std::string out;
   for (std::size_t i = 0; i < texts.size(); ++i) {
     const models::Perplexity& dense = texts[i].divergence.dense;
-    out += fmt::format(
-        "\n{}{}: {} chunks of {} tokens ({} scored), {:.3f} of the MLPs active\n\n{}",
-        file_name(texts[i].data),
-        !several ? ""
-        : i == 0 ? " (in-domain)"
-                 : " (out of domain)",
-        dense.n_chunks, dense.n_ctx, dense.n_tokens_scored, texts[i].divergence.active_fraction,
-        divergence_tables(texts[i].divergence.statistics));
+    const std::optional<double>& active = texts[i].divergence.active_fraction;
+    out +=
+        fmt::format("\n{}{}: {} chunks of {} tokens ({} scored){}\n\n{}", file_name(texts[i].data),
+                    !several ? ""
+                    : i == 0 ? " (in-domain)"
+                             : " (out of domain)",
+                    dense.n_chunks, dense.n_ctx, dense.n_tokens_scored,
+                    active ? fmt::format(", {:.3f} of the MLPs active", *active) : "",
+                    divergence_tables(texts[i].divergence.statistics));
   }
   if (!several) return out;
   out += fmt::format("\nperplexity ratio {:.3f} in-domain; out of domain", texts[0].ratio());
@@ -211,6 +220,16 @@ std::string as_table(const Side (&sides)[2], const std::vector<TextResult>& text
   const auto megabytes = [](double bytes) { return fmt::format("{:.2f} MB", bytes / 1e6); };
   const auto size = [](std::int64_t bytes) { return format_bytes(static_cast<double>(bytes)); };
   const auto number = [](std::int64_t n) { return static_cast<double>(n); };
+  std::vector<std::string> bytes_read = {"bytes read per decoded token", "–", "–", ""};
+  if (dense.bytes_per_token && hybrid.bytes_per_token) {
+    bytes_read = {bytes_read[0], megabytes(*dense.bytes_per_token),
+                  megabytes(*hybrid.bytes_per_token),
+                  ratio(*hybrid.bytes_per_token, *dense.bytes_per_token)};
+  }
+  const std::string where =
+      options.run.device == "cpu"
+          ? fmt::format("{} threads, {} activations", options.run.threads, options.run.activations)
+          : options.run.device;
   const std::string table = markdown_table(
       {{"", "dense", "hybrid", "hybrid / dense"},
        {"perplexity", perplexity(dense), perplexity(hybrid),
@@ -227,8 +246,7 @@ std::string as_table(const Side (&sides)[2], const std::vector<TextResult>& text
        {fmt::format("decode, tg{} (tokens/s)", dense.n_decode),
         speed(dense.decode_tps(), dense.decode), speed(hybrid.decode_tps(), hybrid.decode),
         ratio(hybrid.decode_tps(), dense.decode_tps())},
-       {"bytes read per decoded token", megabytes(dense.bytes_per_token),
-        megabytes(hybrid.bytes_per_token), ratio(hybrid.bytes_per_token, dense.bytes_per_token)},
+       bytes_read,
        {"active fraction of the MLPs", fmt::format("{:.3f}", dense.active_fraction),
         fmt::format("{:.3f}", hybrid.active_fraction),
         ratio(hybrid.active_fraction, dense.active_fraction)},
@@ -237,10 +255,10 @@ std::string as_table(const Side (&sides)[2], const std::vector<TextResult>& text
        {"resident memory", size(dense.resident_bytes), size(hybrid.resident_bytes),
         ratio(number(hybrid.resident_bytes), number(dense.resident_bytes))}});
   return fmt::format(
-      "{}\n{} chunks of {} tokens ({} scored), {} threads, {} activations; tokens/s: median ± "
+      "{}\n{} chunks of {} tokens ({} scored), {}; tokens/s: median ± "
       "standard deviation of {} repetitions, the two models in turn.\n{}",
       table, divergence.dense.n_chunks, divergence.dense.n_ctx, divergence.dense.n_tokens_scored,
-      options.run.threads, options.run.activations, options.repetitions, text_blocks(texts));
+      where, options.repetitions, text_blocks(texts));
 }
 
 void compare(const CompareOptions& options) {
@@ -259,15 +277,16 @@ void compare(const CompareOptions& options) {
   }
 
   Runtime runtime(options.run);
-  Model dense(options.dense, runtime.context);
-  Model hybrid(options.hybrid, runtime.context);
+  Model dense(options.dense, runtime.context, options.run.device);
+  Model hybrid(options.hybrid, runtime.context, options.run.device);
   warn_beyond_context(dense, options.chunks.n_ctx, progress);
   const std::vector<std::vector<std::int32_t>> tokens = read_texts(options, *dense.tokenizer);
   std::vector<TextResult> texts;
   for (std::size_t i = 0; i < tokens.size(); ++i) {
-    texts.push_back({options.data[i], models::evaluate_divergence(
-                                          dense.transformer, hybrid.transformer, *dense.tokenizer,
-                                          tokens[i], options.chunks, progress)});
+    texts.push_back(
+        {options.data[i], models::evaluate_divergence(
+                              dense.transformer, hybrid.transformer, *dense.tokenizer, tokens[i],
+                              options.chunks, progress, dense.on_gpu.get(), hybrid.on_gpu.get())});
   }
   sides[0].quality = texts[0].divergence.dense;
   sides[1].quality = texts[0].divergence.hybrid;
@@ -306,10 +325,11 @@ void add_compare(CLI::App& app, Action& action) {
       ->capture_default_str();
   add_output_option(*cmd, options->format, {"md", "json"});
   cmd->add_option("--json-file", options->json_file, "Also write the JSON to this file");
-  add_run_options(*cmd, options->run);
+  add_run_options(*cmd, options->run, Devices::CpuAndCuda);
   cmd->footer(
       R"(Bytes per token are counted by the kernels while decoding. Resident memory is that of a process
-of its own that loaded one model, prefilled 512 tokens and decoded 32.
+of its own that loaded one model, prefilled 512 tokens and decoded 32. On CUDA it is the host's, and
+nobody counts bytes.
 
 The first text should be of the domain that the hybrid was calibrated on. tools/fetch-prose gets one
 that WikiText is not, the Jargon File, and prints its path. `moesaic report` draws what --json-file

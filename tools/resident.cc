@@ -32,12 +32,13 @@ std::int64_t resident_bytes_now() {
 /// What the child does: load, run, look.
 std::int64_t run_and_look(const std::filesystem::path& path, const RunOptions& run) {
   Runtime runtime(run);
-  Model model(path, runtime.context);
+  Model model(path, runtime.context, run.device);
   SilentMonitor monitor;
-  const std::int64_t context = model.transformer.shape().context_length;
-  engine::measure_prefill(model.transformer, runtime.tally, std::min(kPrefill, context), kPrefill,
-                          1, monitor);
-  engine::measure_decode(model.transformer, runtime.tally, std::min(kDecode, context), 1, monitor);
+  engine::Decoder& decoder = model.decoder();
+  const std::int64_t context = decoder.shape().context_length;
+  engine::measure_prefill(decoder, runtime.tally, std::min(kPrefill, context), kPrefill, 1,
+                          monitor);
+  engine::measure_decode(decoder, runtime.tally, std::min(kDecode, context), 1, monitor);
   return resident_bytes_now();
 }
 

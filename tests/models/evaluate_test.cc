@@ -212,7 +212,7 @@ TEST(Divergence, EqualsTheLoops) {
     same += top(p.logprobs[i]) == top(q.logprobs[i]) ? 1 : 0;
   }
   // Every layer of every token, the last one's too, of which only half the rows are scored.
-  EXPECT_NEAR(found.active_fraction, hybrid.checkpoint().active_fraction(), 1e-12);
+  EXPECT_NEAR(found.active_fraction.value(), hybrid.checkpoint().active_fraction(), 1e-12);
   const DivergenceStatistics& s = found.statistics;
   EXPECT_EQ(s.n_tokens, static_cast<std::int64_t>(kl.size()));
   EXPECT_NEAR(s.kl.value, mean(kl), 1e-4 * mean(kl));
@@ -237,7 +237,7 @@ TEST(Divergence, OfAModelFromItselfIsZero) {
   engine::Monitor monitor;
   const Divergence found =
       evaluate_divergence(one, two, FakeTokenizer(false), random_ids(40), {.n_ctx = 16}, monitor);
-  EXPECT_EQ(found.active_fraction, 1);
+  EXPECT_EQ(found.active_fraction.value(), 1);
   EXPECT_EQ(found.statistics.kl.value, 0);
   EXPECT_EQ(found.statistics.kl_quantiles.max, 0);
   EXPECT_EQ(found.statistics.rms_delta_p.value, 0);

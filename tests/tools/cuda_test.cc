@@ -97,6 +97,68 @@ TEST_F(OnCudaDevice, EvalAndScoreEqualTheCpus) {
   }
 }
 
+TEST_F(OnCudaDevice, CompareEqualsTheCpus) {
+  // Short prompts and generations, and another model's weights, so that there is a divergence.
+  const auto prepare = [](TinyModel& m) {
+    add_vocabulary(m);
+    m.set("llama.context_length", models::GgufValue::u32(48));
+  };
+  const TinyModel dense({.dtype = DType::Q8_0}, prepare);
+  const TinyModel hybrid({.dtype = DType::Q8_0, .seed = 2}, [&](TinyModel& m) {
+    prepare(m);
+    models::add_self_routed(m, {"glu+gate", "dense"}, 0.1F, 0.4F);
+  });
+  const TemporaryFolder folder;
+  const std::string file = (folder.path() / "gpu.compare.json").string();
+  std::vector<std::string> line = {"compare",
+                                   dense.path.string(),
+                                   hybrid.path.string(),
+                                   "--data",
+                                   folder.write("text.txt", words(300)),
+                                   "--n-ctx",
+                                   "48",
+                                   "--chunks",
+                                   "2",
+                                   "-r",
+                                   "1",
+                                   "-o",
+                                   "json",
+                                   "-q",
+                                   "--activations",
+                                   "f32"};
+  const ProgramRun cpu = run_program(line);
+  line.insert(line.end(), {"--device", "cuda", "--json-file", file});
+  const ProgramRun gpu = run_program(line);
+  ASSERT_EQ(cpu.status, 0) << cpu.err;
+  ASSERT_EQ(gpu.status, 0) << gpu.err;
+  EXPECT_EQ(gpu.err, "");
+  const nlohmann::json a = cpu.json(), b = gpu.json();
+  const auto near = [&](const char* pointer, double tolerance) {
+    const nlohmann::json::json_pointer at(pointer);
+    EXPECT_NEAR(b[at].get<double>(), a[at].get<double>(), tolerance) << pointer;
+  };
+  const double perplexity = a["dense"]["perplexity"].get<double>();
+  near("/dense/perplexity", 1e-4 * perplexity);
+  near("/hybrid/perplexity", 1e-4 * perplexity);
+  const double kl = a["kl_mean"].get<double>();
+  EXPECT_GT(kl, 1e-5);
+  near("/kl_mean", 1e-3 * kl);
+  near("/top1_agreement", 0);
+  near("/n_tokens_scored", 0);
+  near("/hybrid/active_fraction", 0);
+  near("/texts/0/ppl_ratio", 1e-4);
+  near("/texts/0/kl/p90", 1e-3 * kl);
+  EXPECT_EQ(b["device"], "cuda");
+  EXPECT_TRUE(b["dense"]["bytes_per_token"].is_null());
+  EXPECT_TRUE(b["texts"][0]["active_fraction"].is_null());
+  EXPECT_GT(b["hybrid"]["decode_tps"].get<double>(), 0);
+  EXPECT_GT(b["hybrid"]["resident_bytes"].get<double>(), 1 << 20);
+  // report reads what was not counted as what the file describes.
+  const ProgramRun report = run_program({"report", folder.path().string(), "-o", "json"});
+  ASSERT_EQ(report.status, 0) << report.err;
+  EXPECT_NE(report.out.find("gpu.compare.json"), std::string::npos) << report.out;
+}
+
 TEST_F(OnCudaDevice, BenchTellsSpeedsAndNoLimits) {
   const TinyModel model({}, [](TinyModel& m) { add_vocabulary(m); });
   std::vector<std::string> line = {"bench", model.path.string(), "-p",   "8", "-n", "4", "-r",
