@@ -10,6 +10,7 @@
 #include "kernels/cuda/base/device.h"
 #include "kernels/cuda/embedding.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/prompt_attention.h"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/secret_moe.h"
@@ -19,7 +20,7 @@ namespace moesaic::models {
 namespace {
 
 constexpr std::int64_t kMinPositions = 256;  // a graph serves at least so many, then powers of two
-constexpr std::int64_t kAttentionRows = 32;  // of one launch: bounds its workspace
+constexpr std::int64_t kAttentionRows = 32;  // of a launch of split KV: bounds its workspace
 // Larger batches are prompts: launched too seldom for graphs, and with rows enough for bfloat16
 // copies of the weights. A pass over 4-bit weights moves 0.6 bytes a weight for each 8 rows, a copy
 // 4.6 once: as much as about 60 rows.
@@ -30,8 +31,7 @@ constexpr std::size_t kMaxGraphs = 64;
 std::shared_ptr<const Checkpoint> on_device(std::shared_ptr<const Checkpoint> checkpoint,
                                             int device) {
   const ModelConfig& c = checkpoint->config;
-  for (const std::int64_t cols : {c.d_model, c.d_ff, std::int64_t{c.n_heads} * c.head_dim,
-                                  std::int64_t{c.n_kv_heads} * c.head_dim}) {
+  for (const std::int64_t cols : {c.d_model, c.d_ff, std::int64_t{c.head_dim}}) {
     require<ShapeError>(cols % 4 == 0, "cuda: rows of {} elements, expected a multiple of 4", cols);
   }
   for (std::size_t i = 0; i < checkpoint->layers.size(); ++i) {
@@ -276,10 +276,14 @@ void CudaTransformer::queue_attention(int layer, const PassShape& pass,
   cuda::rope(k, c.head_dim, positions, freq, c.rope_style, stream_);
   cuda::store_kv(k, v, {slots, positions}, cache, stream_);
   const cuda::AttentionShape shape{c.n_heads, c.attention_scale, at.window, pass.max_positions};
-  for (std::int64_t first = 0; first < rows; first += kAttentionRows) {
-    const std::int64_t some = std::min(kAttentionRows, rows - first);
-    cuda::attention(q.slice(first, some), {slots + first, positions + first}, cache, shape,
-                    mixed.slice(first, some), b.attention.data(), stream_);
+  if (rows > kGraphRows) {
+    cuda::prompt_attention(q, {slots, positions}, cache, shape, mixed, stream_);
+  } else {
+    for (std::int64_t first = 0; first < rows; first += kAttentionRows) {
+      const std::int64_t some = std::min(kAttentionRows, rows - first);
+      cuda::attention(q.slice(first, some), {slots + first, positions + first}, cache, shape,
+                      mixed.slice(first, some), b.attention.data(), stream_);
+    }
   }
   const cuda::Product out{w.w_o, mixed, nullptr, t};
   queue_products({&out, 1});

@@ -24,13 +24,13 @@ namespace moesaic::models {
 /// queued kernel by kernel.
 ///
 /// Up to 64 rows all is float32: rows beyond 8 read the weights again for each 8. Larger batches,
-/// prompts that is, go through tensor cores: dense products through cuBLAS, which is loaded with
-/// the first of them, their operands rounded to bfloat16. A row's result depends on how many others
-/// come with it only as far as that.
+/// prompts that is, go through tensor cores, operands rounded to bfloat16: dense products through
+/// cuBLAS, which is loaded with the first of them, and attention. A row's result depends on how
+/// many others come with it only as far as that.
 class CudaTransformer : public engine::Decoder {
  public:
   /// Copies the checkpoint's weights to GPU `device`. Throws DeviceError; ShapeError for d_model,
-  /// d_ff or heads whose rows do not begin at multiples of 16 bytes.
+  /// d_ff or head_dim that are no multiple of 4: rows begin at multiples of 16 bytes.
   CudaTransformer(std::shared_ptr<const Checkpoint> checkpoint, int device);
 
   // engine::Decoder

@@ -44,22 +44,22 @@ TEST_P(CudaPrompt, GreedyTokensEqualTheCpus) {
   TestContext test;
   Transformer cpu(tiny.load(), test.context);
   CudaTransformer gpu(tiny.load(), 0);
-  const auto prompt = random_ids(131);
-  EXPECT_EQ(greedy(gpu, prompt, 24), greedy(cpu, prompt, 24));
+  const auto prompt = random_ids(83);
+  EXPECT_EQ(greedy(gpu, prompt, 20), greedy(cpu, prompt, 20));
 }
 
-// A layer's products round their operands by a 512th at most, at random: eight or so of them in a
-// row stay within a few such roundings. Routed layers change experts where scores are that close.
+// A layer's products round their operands by a 256th at most, at random: two layers or so of them
+// stay within a few such roundings. Routed layers change experts where scores are that close.
 TEST_P(CudaPrompt, LogitsEqualTheCpusWithinBfloat16) {
   const TinyModel tiny = model();
   TestContext test;
   Transformer cpu(tiny.load(), test.context);
   CudaTransformer gpu(tiny.load(), 0);
-  const auto ids = random_ids(150);
-  const Rows expected = Runner(cpu, 1, 150).run_pieces(ids, 150);
+  const auto ids = random_ids(100);
+  const Rows expected = Runner(cpu, 1, 100).run_pieces(ids, 100);
   const bool routed = !GetParam().kinds.empty() || !GetParam().options.moe_layers.empty();
-  for (const std::size_t n : {150, 70}) {  // 70: two pieces through tensor cores, one of ten rows
-    const double error = rms_error(Runner(gpu, 1, 150).run_pieces(ids, n), expected);
+  for (const std::size_t n : {100, 81}) {  // 81: a piece through tensor cores, one in float32
+    const double error = rms_error(Runner(gpu, 1, 100).run_pieces(ids, n), expected);
     EXPECT_LT(error, (routed ? 8 : 3) * kBf16) << n;
     EXPECT_GT(error, 0.01 * kBf16) << "not through bfloat16";
   }
@@ -72,7 +72,7 @@ INSTANTIATE_TEST_SUITE_P(
         Case{{.architecture = "llama", .dtype = DType::BF16, .window = 50, .tied = false},
              {},
              "LlamaWindowUntiedBF16"},
-        Case{{.architecture = "gemma3", .n_layers = 7, .window = 8}, {}, "GemmaWindow"},
+        Case{{.architecture = "gemma3", .n_layers = 6, .window = 8}, {}, "GemmaWindow"},
         Case{{.architecture = "llama", .dtype = DType::Q4_1, .moe_layers = {1}}, {}, "Hybrid"},
         Case{{.dtype = DType::Q4_1, .moe_layers = {1}},
              {"glu+gate", "glu+low_rank", "glu+input", "dense"},
@@ -113,7 +113,7 @@ TEST_F(CudaPrompts, OutputsPickTheirRows) {
   const std::vector<std::int32_t> slots(90, 0);
   const Rows all = runner.run_pieces(ids, 90);
   const Rows some = runner.run(ids, slots, positions, {0, 40, 89});
-  EXPECT_LT(rms_error(some, {all[0], all[40], all[89]}), kBf16);  // their head is in float32
+  EXPECT_LT(rms_error(some, {all[0], all[40], all[89]}), kBf16);  // with a float32 head
   EXPECT_TRUE(runner.run(ids, slots, positions, {}).empty());
 }
 
