@@ -4,7 +4,9 @@
 #include <span>
 
 #include "engine/kv_cache.h"
+#include "kernels/base/error.h"
 #include "kernels/base/view.h"
+#include "kernels/draw.h"
 
 namespace moesaic::engine {
 
@@ -39,6 +41,16 @@ class Decoder {
   /// Runs the batch, writes its keys and values to the cache, and the logits [outputs.size(),
   /// vocab_size]. Throws ShapeError, InputError (token id out of range, position beyond the cache).
   virtual void forward(const Batch& batch, KvCache& cache, Matrix logits) = 0;
+  /// True if forward_and_draw() is there: where logits would have to be copied to be drawn from.
+  virtual bool draws() const { return false; }
+  /// forward(), then a token from the logits of each output as draws[i] says: ids
+  /// [outputs.size()], −1 where every logit is NaN. draws and ids are as many as outputs. Throws as
+  /// forward(); Error unless draws().
+  virtual void forward_and_draw(const Batch& /*batch*/, KvCache& /*cache*/,
+                                std::span<const kernels::Draw> /*draws*/,
+                                std::span<std::int32_t> /*ids*/) {
+    throw Error("decoder: it draws no tokens");
+  }
   /// A cache for n_slots sequences of up to `capacity` positions in the memory that forward() works
   /// on. Throws as KvCache.
   virtual KvCache make_cache(std::int64_t n_slots, std::int64_t capacity) const {

@@ -84,6 +84,8 @@ class Generation {
     batch_slots_.reserve(rows);
     batch_positions_.reserve(rows);
     batch_outputs_.reserve(rows);
+    draws_.reserve(slots_.size());
+    ids_.reserve(slots_.size());
     for (std::size_t i = 0; i < requests.size(); ++i) {
       completions_[i].finish = FinishReason::Cancelled;  // until something else ends it
       completions_[i].prompt_tokens = static_cast<std::int64_t>(requests[i].prompt.size());
@@ -119,14 +121,41 @@ class Generation {
     batch_slots_.push_back(static_cast<std::int32_t>(slot));
     batch_positions_.push_back(static_cast<std::int32_t>(position));
   }
+  Batch batch() const { return {batch_tokens_, batch_slots_, batch_positions_, batch_outputs_}; }
   void forward() {
-    decoder_.forward({batch_tokens_, batch_slots_, batch_positions_, batch_outputs_}, cache_,
+    decoder_.forward(batch(), cache_,
                      Matrix(logits_.data(), static_cast<std::int64_t>(batch_outputs_.size()),
                             shape_.vocab_size));
   }
   std::span<const float> logits(std::size_t row) const {
     const auto n = static_cast<std::size_t>(shape_.vocab_size);
     return logits_.span().subspan(row * n, n);
+  }
+  Sequence& sequence_of(std::int32_t output) {
+    const auto row = static_cast<std::size_t>(output);
+    return *slots_[static_cast<std::size_t>(batch_slots_[row])];
+  }
+
+  // Runs the batch and leaves the next token of each of its outputs in ids_: drawn by the decoder,
+  // if it can and every sequence lets it, or from the logits.
+  void forward_and_draw() {
+    ids_.resize(batch_outputs_.size());
+    const bool by_decoder =
+        decoder_.draws() && std::ranges::none_of(batch_outputs_, [&](std::int32_t output) {
+          return sequence_of(output).sampler.needs_history();
+        });
+    if (by_decoder) {
+      draws_.clear();
+      for (const std::int32_t o : batch_outputs_) draws_.push_back(sequence_of(o).sampler.draw());
+      decoder_.forward_and_draw(batch(), cache_, draws_, ids_);
+      require<Error>(std::ranges::find(ids_, -1) == ids_.end(), "sampler: every logit is NaN");
+      return;
+    }
+    forward();
+    for (std::size_t i = 0; i < ids_.size(); ++i) {
+      Sequence& sequence = sequence_of(batch_outputs_[i]);
+      ids_[i] = sequence.sampler.sample(logits(i), sequence.history);
+    }
   }
 
   // Prefills the next request into a free slot, alone, and draws its first token. Alone, so that
@@ -153,11 +182,15 @@ class Generation {
       for (std::int64_t p = first; p < end; ++p) {
         push_row(request.prompt[static_cast<std::size_t>(p)], s, p);
       }
-      if (end == n_prompt) batch_outputs_.push_back(static_cast<std::int32_t>(end - first) - 1);
-      forward();
+      if (end < n_prompt) {
+        forward();
+      } else {
+        batch_outputs_.push_back(static_cast<std::int32_t>(end - first) - 1);
+        forward_and_draw();
+      }
     }
     completions_[index].prompt_seconds = seconds_since(begin);
-    draw(slots_[s], logits(0));
+    take(slots_[s], ids_[0]);
   }
 
   // One token for every sequence at work; false if there is none.
@@ -171,22 +204,21 @@ class Generation {
     }
     if (batch_tokens_.empty()) return next_ < requests_.size();
     const Clock::time_point begin = Clock::now();
-    forward();
+    forward_and_draw();
     const double seconds = seconds_since(begin);
     for (std::size_t row = 0; row < batch_slots_.size(); ++row) {
       std::optional<Sequence>& slot = slots_[static_cast<std::size_t>(batch_slots_[row])];
       completions_[slot->index].decode_seconds += seconds;
-      draw(slot, logits(row));
+      take(slot, ids_[row]);
     }
     return true;
   }
 
-  // Draws the next token of a sequence and ends it where that ends it.
-  void draw(std::optional<Sequence>& slot, std::span<const float> row) {
+  // Appends the next token of a sequence and ends it where that ends it.
+  void take(std::optional<Sequence>& slot, std::int32_t id) {
     Sequence& sequence = *slot;
     const Request& request = requests_[sequence.index];
     Completion& completion = completions_[sequence.index];
-    const std::int32_t id = sequence.sampler.sample(row, sequence.history);
     if (std::find(request.stop_ids.begin(), request.stop_ids.end(), id) != request.stop_ids.end()) {
       finish(slot, FinishReason::Stop);
       return;
@@ -230,6 +262,8 @@ class Generation {
   std::vector<Completion> completions_;
   std::size_t next_ = 0;  // first request that has not begun
   std::vector<std::int32_t> batch_tokens_, batch_slots_, batch_positions_, batch_outputs_;
+  std::vector<kernels::Draw> draws_;  // of a pass that draws
+  std::vector<std::int32_t> ids_;     // that a pass has drawn, one for each output
 };
 
 }  // namespace

@@ -55,9 +55,17 @@ std::span<const float> Sampler::penalise(std::span<const float> logits,
   return penalised_;
 }
 
+// 53 random bits as a number in [0, 1): std::uniform_real_distribution may differ by library.
+double Sampler::random() { return static_cast<double>(rng_() >> 11) * 0x1p-53; }
+
+kernels::Draw Sampler::draw() {
+  return {options_.temperature, options_.top_k, options_.top_p, options_.min_p,
+          options_.temperature == 0 ? 0 : random()};
+}
+
 std::int32_t Sampler::sample(std::span<const float> logits, std::span<const std::int32_t> history) {
   require<Error>(!logits.empty(), "sampler: no logits to draw from");
-  if (options_.repeat_penalty != 1.0F && options_.repeat_last_n != 0) {
+  if (needs_history()) {
     logits = penalise(logits, history);
   }
   if (options_.temperature == 0) {
@@ -85,6 +93,8 @@ std::int32_t Sampler::sample(std::span<const float> logits, std::span<const std:
       candidates_.push_back({logits[i], static_cast<std::int32_t>(i)});
       std::push_heap(candidates_.begin(), candidates_.end(), before);
     }
+    // Best first, as kernels::Draw says, not as a heap happens to lie.
+    std::sort_heap(candidates_.begin(), candidates_.end(), before);
   } else {
     for (std::size_t i = 0; i < logits.size(); ++i) {
       if (!std::isnan(logits[i])) {
@@ -129,8 +139,7 @@ std::int32_t Sampler::sample(std::span<const float> logits, std::span<const std:
     return std::exp((static_cast<double>(c.logit) - max) / options_.temperature);
   };
   for (const Candidate& c : candidates_) total += tempered(c);
-  // 53 random bits as a number in [0, 1): std::uniform_real_distribution may differ by library.
-  const double u = static_cast<double>(rng_() >> 11) * 0x1p-53 * total;
+  const double u = random() * total;
   double sum = 0;
   const Candidate* last = nullptr;
   for (const Candidate& c : candidates_) {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "engine/logits.h"
+#include "kernels/draw.h"
 
 namespace moesaic::engine {
 
@@ -35,7 +36,16 @@ class Sampler {
   /// never drawn; if every logit is NaN, throws Error.
   std::int32_t sample(std::span<const float> logits, std::span<const std::int32_t> history);
 
+  /// True if the tokens so far change what sample() draws.
+  bool needs_history() const {
+    return options_.repeat_penalty != 1.0F && options_.repeat_last_n != 0;
+  }
+  /// What sample() would do, for a decoder that draws where the logits are; takes the random number
+  /// that sample() would take. Not where needs_history().
+  kernels::Draw draw();
+
  private:
+  double random();
   std::span<const float> penalise(std::span<const float> logits,
                                   std::span<const std::int32_t> history);
 

@@ -1,10 +1,9 @@
-#include <cuda_bf16.h>
-
 #include <algorithm>
 
 #include "kernels/cuda/base/check.h"
 #include "kernels/cuda/base/operands.h"
 #include "kernels/cuda/base/row_stream.cuh"
+#include "kernels/cuda/base/tensor_core.cuh"
 #include "kernels/cuda/gemm.h"
 
 namespace moesaic::cuda {
@@ -23,16 +22,11 @@ std::int64_t padded(std::int64_t cols) { return ceil_div(cols, 8) * 8; }
 template <int kWidth>
 __device__ void store_bf16(__nv_bfloat16* to, std::int64_t n, const float* v) {
   static_assert(kWidth == 2 || kWidth == 4);
-  std::uint32_t bits[kWidth / 2];
-  for (int i = 0; i < kWidth / 2; ++i) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * i], v[2 * i + 1]);
-    bits[i] = *reinterpret_cast<const std::uint32_t*>(&pair);
-  }
   if (n >= kWidth) {
     if constexpr (kWidth == 4) {
-      *reinterpret_cast<uint2*>(to) = make_uint2(bits[0], bits[1]);
+      *reinterpret_cast<std::uint64_t*>(to) = bf16_four(v[0], v[1], v[2], v[3]);
     } else {
-      *reinterpret_cast<std::uint32_t*>(to) = bits[0];
+      *reinterpret_cast<std::uint32_t*>(to) = bf16_pair(v[0], v[1]);
     }
     return;
   }

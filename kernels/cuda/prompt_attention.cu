@@ -42,8 +42,8 @@ __device__ int place(int row, int chunk) {
 
 template <int kDim>
 __device__ void store_four(__nv_bfloat16* rows, int row, int col, const float4& v) {
-  *reinterpret_cast<uint2*>(rows + place<kDim>(row, col / 8) + col % 8) =
-      make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
+  *reinterpret_cast<std::uint64_t*>(rows + place<kDim>(row, col / 8) + col % 8) =
+      bf16_four(v.x, v.y, v.z, v.w);
 }
 
 // Keys or values of one KV head, `step` floats apart, on their way to shared memory: rows from
@@ -232,8 +232,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int n = 0; n < kDim / 8; ++n) {
       const int col = 8 * n + lane % 4 * 2;
       if (col >= dim) continue;
-      *reinterpret_cast<float2*>(out + col) =
-          make_float2(seen.v[n][2 * r] / sum, seen.v[n][2 * r + 1] / sum);
+      // An ordinary store, which the compiler does not take apart.
+      __stwb(reinterpret_cast<float2*>(out + col),
+             make_float2(seen.v[n][2 * r] / sum, seen.v[n][2 * r + 1] / sum));
     }
   }
 }

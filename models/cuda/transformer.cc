@@ -119,6 +119,8 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
     take(logits, n_outputs, c.vocab_size);
     take(rows, 3, n_rows);
     take(selected, 1, static_cast<std::int64_t>(n_selected));
+    take(draws, n_outputs, 1);
+    take(ids, n_outputs, 1);
     take(attention, 1, static_cast<std::int64_t>(attention_bytes));
     take(gemm, 1, static_cast<std::int64_t>(gemm_bytes));
     // Apart: each begins with counters that only its own kind of layer leaves at zero.
@@ -131,6 +133,8 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
   for (const auto part : {moe, self_routed}) cuda::zero_bytes(part.data(), part.size(), stream);
   host_rows = cuda::PinnedBuffer<std::int32_t>(rows.size());
   host_logits = cuda::PinnedBuffer<float>(logits.size());
+  host_draws = cuda::PinnedBuffer<kernels::Draw>(draws.size());
+  host_ids = cuda::PinnedBuffer<std::int32_t>(ids.size());
 }
 
 CudaTransformer::CudaTransformer(std::shared_ptr<const Checkpoint> checkpoint, int device)
@@ -157,15 +161,36 @@ void CudaTransformer::reserve(const PassShape& pass) {
 }
 
 void CudaTransformer::forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) {
+  const auto n_outputs = static_cast<std::int64_t>(batch.outputs.size());
+  require<ShapeError>(
+      logits.rows == n_outputs && (n_outputs == 0 || logits.cols == config().vocab_size),
+      "logits are [{}, {}], expected [{}, {}]", logits.rows, logits.cols, n_outputs,
+      config().vocab_size);
+  run(batch, cache, {});
+  const float* from = buffers_.host_logits.span().data();
+  for (std::int64_t row = 0; row < n_outputs; ++row) {
+    std::copy_n(from + row * config().vocab_size, config().vocab_size, logits.row(row));
+  }
+}
+
+void CudaTransformer::forward_and_draw(const engine::Batch& batch, engine::KvCache& cache,
+                                       std::span<const kernels::Draw> draws,
+                                       std::span<std::int32_t> ids) {
+  const std::size_t n_outputs = batch.outputs.size();
+  require<ShapeError>(draws.size() == n_outputs && ids.size() == n_outputs,
+                      "{} draws for {} ids, expected {}, one for each output", draws.size(),
+                      ids.size(), n_outputs);
+  run(batch, cache, draws);
+  std::copy_n(buffers_.host_ids.span().data(), n_outputs, ids.data());
+}
+
+void CudaTransformer::run(const engine::Batch& batch, engine::KvCache& cache,
+                          std::span<const kernels::Draw> draws) {
   const auto n_rows = static_cast<std::int64_t>(batch.tokens.size());
   const auto n_outputs = static_cast<std::int64_t>(batch.outputs.size());
   engine::check_batch(batch, shape(), cache);
   require<ShapeError>(cache.allocator() == allocate_device_kv,
                       "KV cache in the host's memory, expected one of make_cache()");
-  require<ShapeError>(
-      logits.rows == n_outputs && (n_outputs == 0 || logits.cols == config().vocab_size),
-      "logits are [{}, {}], expected [{}, {}]", logits.rows, logits.cols, n_outputs,
-      config().vocab_size);
   for (std::size_t t = 0; t < batch.tokens.size(); ++t) {
     require<InputError>(batch.tokens[t] >= 0 && batch.tokens[t] < config().vocab_size,
                         "embed: id {} of row {}, expected 0 to {}", batch.tokens[t], t,
@@ -180,12 +205,14 @@ void CudaTransformer::forward(const engine::Batch& batch, engine::KvCache& cache
                        std::min(std::max(bucket, kMinPositions), cache.capacity()),
                        cache.layer(0).keys,
                        cache.capacity(),
-                       cache.n_slots()};
+                       cache.n_slots(),
+                       !draws.empty()};
   reserve(pass);
   std::int32_t* to = buffers_.host_rows.span().data();
   for (const auto& part : {batch.tokens, batch.slots, batch.positions}) {
     to = std::ranges::copy(part, to).out;
   }
+  std::ranges::copy(draws, buffers_.host_draws.span().begin());
   if (n_outputs == n_rows && n_rows <= kGraphRows) {
     auto graph = graphs_.find(pass);
     if (graph == graphs_.end()) {
@@ -198,10 +225,6 @@ void CudaTransformer::forward(const engine::Batch& batch, engine::KvCache& cache
     queue(pass, batch.outputs, cache);
   }
   stream_.synchronize();
-  const float* from = buffers_.host_logits.span().data();
-  for (std::int64_t row = 0; row < n_outputs; ++row) {
-    std::copy_n(from + row * config().vocab_size, config().vocab_size, logits.row(row));
-  }
 }
 
 void CudaTransformer::queue(const PassShape& pass, std::span<const std::int32_t> outputs,
@@ -240,9 +263,17 @@ void CudaTransformer::queue(const PassShape& pass, std::span<const std::int32_t>
   }
   const cuda::Product head{weights_.head, wanted, nullptr, logits};
   queue_products({&head, 1});
-  cuda::copy_bytes_out(b.host_logits.span().data(), reinterpret_cast<std::byte*>(b.logits.data()),
-                       static_cast<std::size_t>(pass.n_outputs * c.vocab_size) * sizeof(float),
-                       stream_);
+  const auto out = static_cast<std::size_t>(pass.n_outputs);
+  if (!pass.draws) {
+    cuda::copy_bytes_out(b.host_logits.span().data(), reinterpret_cast<std::byte*>(b.logits.data()),
+                         out * static_cast<std::size_t>(c.vocab_size) * sizeof(float), stream_);
+    return;
+  }
+  cuda::copy_bytes_in(reinterpret_cast<std::byte*>(b.draws.data()), b.host_draws.span().data(),
+                      out * sizeof(kernels::Draw), stream_);
+  cuda::sample(logits, b.draws.data(), b.ids.data(), stream_);
+  cuda::copy_bytes_out(b.host_ids.span().data(), reinterpret_cast<std::byte*>(b.ids.data()),
+                       out * sizeof(std::int32_t), stream_);
 }
 
 void CudaTransformer::queue_products(std::span<const cuda::Product> products) {

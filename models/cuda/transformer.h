@@ -14,14 +14,15 @@
 #include "kernels/cuda/base/pinned_buffer.h"
 #include "kernels/cuda/base/stream.h"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/sample.h"
 #include "models/cuda/weights.h"
 
 namespace moesaic::models {
 
 /// Transformer on a GPU: weights, cache and activations in device memory, float32 activations and
 /// sums. A batch that wants logits of all its rows, as decode does, runs as one graph, which is
-/// captured when its shape first comes; the host waits once, for the logits. Other batches are
-/// queued kernel by kernel.
+/// captured when its shape first comes; the host waits once, for the logits, or for a token of each
+/// row that was drawn from them. Other batches are queued kernel by kernel.
 ///
 /// Up to 64 rows all is float32: rows beyond 8 read the weights again for each 8. Larger batches,
 /// prompts that is, go through tensor cores, operands rounded to bfloat16: dense products through
@@ -37,10 +38,13 @@ class CudaTransformer : public engine::Decoder {
   engine::DecoderShape shape() const override { return config().shape(); }
   engine::KvCache make_cache(std::int64_t n_slots, std::int64_t capacity) const override;
   void forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) override;
+  bool draws() const override { return config().vocab_size <= cuda::kMaxSampleVocab; }
+  void forward_and_draw(const engine::Batch& batch, engine::KvCache& cache,
+                        std::span<const kernels::Draw> draws, std::span<std::int32_t> ids) override;
 
  private:
-  /// What a captured graph serves: it holds the addresses of one cache, and attention that sees
-  /// positions below max_positions.
+  /// What a captured graph serves: it holds the addresses of one cache, attention that sees
+  /// positions below max_positions, and an end that draws or does not.
   struct PassShape {
     std::int64_t n_rows = 0;
     std::int64_t n_outputs = 0;
@@ -48,6 +52,7 @@ class CudaTransformer : public engine::Decoder {
     const float* cache = nullptr;
     std::int64_t capacity = 0;
     std::int64_t n_slots = 0;
+    bool draws = false;
     auto operator<=>(const PassShape&) const = default;
   };
 
@@ -66,14 +71,22 @@ class CudaTransformer : public engine::Decoder {
     std::span<float> logits;           // [n_outputs, vocab_size]
     std::span<std::int32_t> rows;      // tokens, slots, positions: [3, n_rows]
     std::span<std::int32_t> selected;  // of one token and layer
+    std::span<kernels::Draw> draws;    // [n_outputs]
+    std::span<std::int32_t> ids;       // [n_outputs]
     std::span<std::byte> attention, gemm, moe, self_routed;  // workspaces
     cuda::PinnedBuffer<std::int32_t> host_rows;
     cuda::PinnedBuffer<float> host_logits;
+    cuda::PinnedBuffer<kernels::Draw> host_draws;
+    cuda::PinnedBuffer<std::int32_t> host_ids;
   };
 
   const ModelConfig& config() const { return checkpoint_->config; }
   void reserve(const PassShape& pass);
-  // The whole pass, from host_rows to host_logits.
+  // Checks and runs a batch. Its logits are then in host_logits or, if it draws as host_draws says,
+  // its tokens in host_ids.
+  void run(const engine::Batch& batch, engine::KvCache& cache,
+           std::span<const kernels::Draw> draws);
+  // The whole pass, from host_rows and host_draws to what run() leaves.
   void queue(const PassShape& pass, std::span<const std::int32_t> outputs, engine::KvCache& cache);
   void queue_products(std::span<const cuda::Product> products);
   void queue_attention(int layer, const PassShape& pass, const kernels::KvLayerView& cache);

@@ -2,13 +2,81 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "engine/decoder.h"
 
 namespace moesaic::engine {
+
+/// A decoder that draws tokens itself, in the way that kernels::Draw describes: a whole sort and
+/// plain sums. Bases on another's logits.
+template <class Base>
+class Drawing : public Base {
+ public:
+  using Base::Base;
+  bool draws() const override { return true; }
+  void forward_and_draw(const Batch& batch, KvCache& cache, std::span<const kernels::Draw> draws,
+                        std::span<std::int32_t> ids) override {
+    const auto cols = static_cast<std::size_t>(this->shape().vocab_size);
+    std::vector<float> logits(ids.size() * cols);
+    this->forward(batch, cache,
+                  Matrix(logits.data(), std::ssize(ids), static_cast<std::int64_t>(cols)));
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      ids[i] = draw(std::span(logits).subspan(i * cols, cols), draws[i]);
+    }
+    n_drawn += std::ssize(ids);
+  }
+
+  static std::int32_t draw(std::span<const float> logits, const kernels::Draw& d) {
+    struct Token {
+      double logit;
+      std::int32_t id;
+    };
+    std::vector<Token> tokens;
+    for (std::size_t i = 0; i < logits.size(); ++i) {
+      if (!std::isnan(logits[i])) tokens.push_back({logits[i], static_cast<std::int32_t>(i)});
+    }
+    if (tokens.empty()) return -1;
+    const auto before = [](const Token& a, const Token& b) {
+      return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
+    };
+    const Token best = *std::min_element(tokens.begin(), tokens.end(), before);
+    if (d.temperature == 0) return best.id;
+    const auto likelihood = [&](const Token& t, double temperature) {
+      return std::exp((t.logit - best.logit) / temperature);
+    };
+    const auto sum = [&](double temperature) {
+      double total = 0;
+      for (const Token& t : tokens) total += likelihood(t, temperature);
+      return total;
+    };
+    const bool cuts = d.top_k > 0 && static_cast<std::size_t>(d.top_k) < logits.size();
+    if (cuts || d.top_p < 1) std::sort(tokens.begin(), tokens.end(), before);
+    if (cuts) tokens.resize(std::min(tokens.size(), static_cast<std::size_t>(d.top_k)));
+    if (d.top_p < 1) {
+      const double target = d.top_p * sum(1);
+      double reached = 0;
+      std::size_t n = 0;
+      while (n < tokens.size() && (n == 0 || reached < target))
+        reached += likelihood(tokens[n++], 1);
+      tokens.resize(n);
+    }
+    std::erase_if(tokens, [&](const Token& t) { return likelihood(t, 1) < d.min_p; });
+    const double target = d.random * sum(d.temperature);
+    double reached = 0;
+    for (const Token& t : tokens) {
+      reached += likelihood(t, d.temperature);
+      if (reached > target) return t.id;
+    }
+    return tokens.back().id;
+  }
+
+  std::int64_t n_drawn = 0;
+};
 
 /// A decoder whose next token is a known function of the sequence, read back from the cache: a row
 /// in a wrong slot, at a wrong position or missing changes what follows.

@@ -70,6 +70,33 @@ TEST(Generate, SampledResultsDoNotDependOnTheNumberOfSlots) {
   for (std::size_t i = 0; i < one.size(); ++i) EXPECT_EQ(one[i].tokens, four[i].tokens);
 }
 
+TEST(Generate, DecodersThatDrawGiveTheSamplersTokens) {
+  std::vector<Request> requests = several();
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    SamplingOptions& sampling = requests[i].sampling;
+    sampling.temperature = i == 2 ? 0 : 2;
+    sampling.seed = i;
+    sampling.top_k = i % 2 == 0 ? 0 : 30;
+    sampling.top_p = i % 3 == 0 ? 1 : 0.9F;
+    sampling.min_p = i == 5 ? 0.02F : 0;
+  }
+  for (const bool penalty : {false, true}) {
+    requests[3].sampling.repeat_penalty = penalty ? 1.3F : 1.0F;
+    FakeDecoder plain;
+    Drawing<FakeDecoder> drawing;
+    const auto expected = generate(plain, requests, to_text, {.n_parallel = 3});
+    const auto found = generate(drawing, requests, to_text, {.n_parallel = 3});
+    std::int64_t n_tokens = 0;
+    for (std::size_t i = 0; i < found.size(); ++i) {
+      EXPECT_EQ(found[i].tokens, expected[i].tokens) << i;
+      n_tokens += std::ssize(found[i].tokens);
+    }
+    // A penalty looks back on the tokens so far: passes with that sequence are the sampler's.
+    EXPECT_EQ(drawing.n_drawn == n_tokens, !penalty);
+    EXPECT_GT(drawing.n_drawn, 0);
+  }
+}
+
 TEST(Generate, DecodesAllSequencesInOnePass) {
   FakeDecoder decoder;
   const std::vector<Request> requests(4, greedy({1, 2, 3}, 10));

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels/base/error.h"
+#include "tests/engine/fake_decoder.h"
 
 namespace moesaic::engine {
 namespace {
@@ -127,6 +128,25 @@ TEST(Sampler, TopPOfALargeFlatVocabularyIsSortedInPieces) {
   std::map<std::int32_t, int> counts;
   for (int i = 0; i < 300; ++i) ++counts[sampler.sample(logits, {})];
   for (const auto& [id, n] : counts) EXPECT_TRUE(expected.contains(id)) << id;
+}
+
+// The order in which likelihoods are summed decides which token a random number stands for.
+TEST(Sampler, DrawsInTheOrderOfDraw) {
+  std::vector<float> logits(300);
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    logits[i] = 0.01F * static_cast<float>((i * 7919) % 300 / 2);  // in pairs of equals
+  }
+  for (const int k : {0, 1, 40, 299, 300}) {
+    for (const float p : {1.0F, 0.7F}) {
+      SamplingOptions options = plain();
+      options.top_k = k;
+      options.top_p = p;
+      Sampler sampler(options), drawing(options);
+      for (int i = 0; i < 50; ++i) {
+        EXPECT_EQ(sampler.sample(logits, {}), Drawing<FakeDecoder>::draw(logits, drawing.draw()));
+      }
+    }
+  }
 }
 
 TEST(Sampler, TopPZeroKeepsTheLargest) {

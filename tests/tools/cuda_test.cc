@@ -49,6 +49,26 @@ INSTANTIATE_TEST_SUITE_P(
       return instance.param.architecture + (instance.param.moe_layers.empty() ? "" : "Hybrid");
     });
 
+// A prompt of more than 64 tokens goes through tensor cores; tokens are drawn on the device.
+TEST_F(OnCudaDevice, LongPromptsAndDrawnTokensEqualTheCpus) {
+  const TinyModel model({.dtype = DType::Q8_0}, [](TinyModel& m) { add_vocabulary(m); });
+  const auto tokens = [&](const std::string& prompt, const std::vector<std::string>& more) {
+    std::vector<std::string> line = {
+        "generate", model.path.string(), "-p",  prompt,         "-n", "16", "-o",
+        "json",     "--activations",     "f32", "--ignore-eos", "-q"};
+    line.insert(line.end(), more.begin(), more.end());
+    const ProgramRun cpu = run_program(line);
+    line.insert(line.end(), {"--device", "cuda"});
+    const ProgramRun gpu = run_program(line);
+    EXPECT_EQ(gpu.status, 0) << gpu.err;
+    EXPECT_EQ(gpu.json()["tokens"], cpu.json()["tokens"]);
+    return gpu.json()["prompt_tokens"].get<int>();
+  };
+  EXPECT_GT(tokens(words(100), {"--temp", "0"}), 64);
+  tokens("the river", {"--seed", "5"});
+  tokens("the river", {"--seed", "6", "--temp", "1.2", "--repeat-penalty", "1.2"});
+}
+
 TEST_F(OnCudaDevice, SequencesOfABatchEqualTheCpus) {
   const TinyModel model({.moe_layers = {0}}, [](TinyModel& m) { add_vocabulary(m); });
   const TemporaryFolder folder;

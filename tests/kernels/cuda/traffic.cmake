@@ -1,6 +1,7 @@
 # cmake -DCUDASIM=… -DPROGRAM=… -DFILTER=… -DPERCENT=105 -DCOUNTERS=FILE -P traffic.cmake
 # Runs one Traffic test on the stand-in and fails unless DRAM bytes / minimum <= PERCENT over its kernels together, and
-# sectors per request / ideal <= 1.10 over all loads and over all stores.
+# sectors per request / ideal <= 1.10 over all loads and over all stores, and shared-memory wavefronts / ideal <= 1.10
+# over all kernels that use matrix instructions.
 execute_process(COMMAND ${CUDASIM} run --counters ${COUNTERS} ${PROGRAM} --gtest_filter=${FILTER} RESULT_VARIABLE status
   OUTPUT_VARIABLE text ERROR_VARIABLE text)
 if(NOT status EQUAL 0)
@@ -9,7 +10,7 @@ endif()
 file(READ ${COUNTERS} json)
 string(JSON n LENGTH ${json} kernels)
 set(names unique_read_bytes unique_written_bytes minimum_bytes)
-foreach(name ${names} loads stores ideal_loads ideal_stores)
+foreach(name ${names} loads stores ideal_loads ideal_stores wavefronts ideal_wavefronts)
   set(${name} 0)
 endforeach()
 math(EXPR last "${n} - 1")
@@ -18,6 +19,13 @@ foreach(i RANGE ${last})
     string(JSON value GET ${json} kernels ${i} ${name})
     math(EXPR ${name} "${${name}} + ${value}")
   endforeach()
+  string(JSON mma GET ${json} kernels ${i} mma_flops)
+  if(mma GREATER 0)
+    string(JSON value GET ${json} kernels ${i} shared_wavefronts)
+    math(EXPR wavefronts "${wavefronts} + ${value}")
+    string(JSON value GET ${json} kernels ${i} shared_ideal_wavefronts)
+    math(EXPR ideal_wavefronts "${ideal_wavefronts} + ${value}")
+  endif()
   foreach(kind loads stores)
     string(JSON value GET ${json} kernels ${i} ${kind} sectors)
     math(EXPR ${kind} "${${kind}} + ${value}")
@@ -40,3 +48,6 @@ endfunction()
 expect_at_most("DRAM bytes / minimum" ${bytes} ${minimum_bytes} ${PERCENT})
 expect_at_most("load sectors / ideal" ${loads} ${ideal_loads} 110)
 expect_at_most("store sectors / ideal" ${stores} ${ideal_stores} 110)
+if(ideal_wavefronts GREATER 0)
+  expect_at_most("shared-memory wavefronts / ideal" ${wavefronts} ${ideal_wavefronts} 110)
+endif()

@@ -1,8 +1,9 @@
 #include <dlfcn.h>
 
-#include "kernels/cuda/linear.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/prompt_attention.h"
 #include "kernels/cuda/secret_moe.h"
-#include "tests/kernels/cuda/device.h"
+#include "tests/kernels/cuda/attention_case.h"
 #include "tests/kernels/cuda/device_layer.h"
 #include "tests/kernels/cuda/device_self_routed.h"
 #include "tests/reference/self_routed.h"
@@ -35,6 +36,50 @@ TEST_F(Traffic, LinearQ4_0) { run_linear(DType::Q4_0, 576, 1536); }
 TEST_F(Traffic, LinearQ4_1) { run_linear(DType::Q4_1, 576, 576); }
 TEST_F(Traffic, LinearQ4_K) { run_linear(DType::Q4_K, 576, 2048); }
 TEST_F(Traffic, LinearQ6_K) { run_linear(DType::Q6_K, 576, 2048); }
+
+// What prompts run beside cuBLAS, whose own traffic nothing counts: a matrix unpacked to bfloat16,
+// X rounded to it.
+class TrafficGemm : public Traffic {
+ protected:
+  void run(DType dtype) {
+    constexpr std::int64_t kRows = 192, kCols = 1536, kTokens = 80;
+    const Packed w(dtype, kRows, kCols, 1);
+    const DeviceWeights weights(w.view(), stream);
+    const DeviceMatrix x(normal_values(size(kTokens * kCols), 2), kTokens, kCols, stream),
+        y(kTokens, kRows);
+    const DeviceBuffer<std::byte> workspace(gemm_workspace(kTokens, kCols, kRows * kCols));
+    Blas blas(stream);
+    gemm(blas, {weights.view(), x.view(), nullptr, y.view()}, {workspace.data(), workspace.size()},
+         stream);
+    state_minimum("round_kernel", w.view().bytes() + 2 * kRows * kCols + 6 * kTokens * kCols);
+  }
+};
+
+TEST_F(TrafficGemm, Q4_1) { run(DType::Q4_1); }
+TEST_F(TrafficGemm, Q6_K) { run(DType::Q6_K); }
+
+// Keys and values are in a cache after a block has first read them; counted is what DRAM must move.
+class TrafficPromptAttention : public Traffic {
+ protected:
+  void run(int n_heads, int n_kv_heads, int head_dim) {
+    AttentionCase c{.n_heads = n_heads, .n_kv_heads = n_kv_heads, .head_dim = head_dim};
+    c.slots.assign(200, 0);
+    c.positions.resize(200);
+    for (std::size_t i = 0; i < 200; ++i) c.positions[i] = static_cast<std::int32_t>(i);
+    c.capacity = 200;
+    const AttentionOperands operands(c, stream);
+    const DeviceMatrix out(200, operands.cols());
+    prompt_attention(operands.q(), operands.places(), operands.cache(), operands.shape(),
+                     out.view(), stream);
+    // That of filling the cache first, too: k, v, their copies, slots, positions.
+    const std::int64_t cache = 2 * 4 * 200 * operands.row(), places = 2 * 4 * 200;
+    state_minimum("prompt_attention_kernel",
+                  2 * cache + places + cache + places + 2 * 4 * 200 * operands.cols());
+  }
+};
+
+TEST_F(TrafficPromptAttention, SmolLM2) { run(9, 3, 64); }
+TEST_F(TrafficPromptAttention, Gemma) { run(4, 1, 256); }
 
 // Bytes of the sectors that [begin, end) touches.
 std::int64_t sector_bytes(std::int64_t begin, std::int64_t end) {

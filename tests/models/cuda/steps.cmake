@@ -1,7 +1,7 @@
 # cmake -DCUDASIM=… -DPROGRAM=… -DCOUNTERS=PREFIX -P steps.cmake
-# Decodes 10 and 30 tokens on the stand-in and fails unless the 20 more cost 20 graph launches, 20 synchronisations, and
-# no allocation, copy or kernel launch outside graphs.
-set(names graph_launches synchronisations allocations)
+# Decodes 10 and 30 tokens on the stand-in and fails unless the 20 more cost 20 graph launches, 20 synchronisations, no
+# allocation, and copies of 40 bytes each: in go the token, its slot, its position and how to draw (24), out comes an id.
+set(names graph_launches synchronisations allocations copied_bytes)
 foreach(run Ten Thirty)
   execute_process(COMMAND ${CUDASIM} run --counters ${COUNTERS}${run}.json ${PROGRAM} --gtest_filter=CudaSteps.${run}
     RESULT_VARIABLE status OUTPUT_VARIABLE text ERROR_VARIABLE text)
@@ -16,6 +16,7 @@ endforeach()
 set(graph_launches 20)
 set(synchronisations 20)
 set(allocations 0)
+set(copied_bytes 800)
 foreach(name ${names})
   math(EXPR found "${Thirty_${name}} - ${Ten_${name}}")
   message(STATUS "20 tokens: ${found} ${name}")

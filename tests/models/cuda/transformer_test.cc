@@ -134,6 +134,56 @@ TEST_F(CudaDecoder, OutputsPickTheirRows) {
   EXPECT_TRUE(runner.run({}, {}, {}, {}).empty());
 }
 
+// The sampler's tokens from the CPU's logits; those of the GPU are a few roundings away.
+TEST_F(CudaDecoder, DrawsTheSamplersTokens) {
+  const TinyModel tiny({.moe_layers = {1}});
+  TestContext test;
+  Transformer cpu(tiny.load(), test.context);
+  CudaTransformer gpu(tiny.load(), 0);
+  std::vector<engine::Request> requests(4);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    requests[i].prompt = random_ids(5 + 3 * i, i);
+    requests[i].max_tokens = 24;
+    requests[i].sampling.temperature = i == 3 ? 0.0F : 0.7F + 0.2F * static_cast<float>(i);
+    requests[i].sampling.seed = i;
+  }
+  requests[1].sampling.top_k = 0;
+  requests[2].sampling.top_p = 1;
+  const auto text = [](std::int32_t) { return std::string("."); };
+  const auto expected = engine::generate(cpu, requests, text, {.n_parallel = 2});
+  const auto found = engine::generate(gpu, requests, text, {.n_parallel = 2});
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    EXPECT_EQ(found[i].tokens, expected[i].tokens) << i;
+  }
+}
+
+TEST_F(CudaDecoder, DrawsAndLogitsTakeTurns) {
+  const TinyModel tiny({.n_layers = 1});
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto ids = random_ids(12);
+  const auto expected = tiny.reference.logits(ids);
+  Runner runner(gpu, 1, 12);
+  for (std::int32_t t = 0; t < 12; ++t) {
+    const auto i = static_cast<std::size_t>(t);
+    const auto best = static_cast<std::int32_t>(
+        std::max_element(expected[i].begin(), expected[i].end()) - expected[i].begin());
+    const kernels::Draw greedy;
+    const std::int32_t slot = 0, output = 0;
+    std::int32_t id = -1;
+    gpu.forward_and_draw({{&ids[i], 1}, {&slot, 1}, {&t, 1}, {&output, 1}}, runner.cache,
+                         {&greedy, 1}, {&id, 1});
+    EXPECT_EQ(id, best);
+    EXPECT_LT(relative_error(runner.run({ids[i]}, {0}, {t}, {0}), {expected[i]}), kTolerance);
+  }
+  const std::vector<std::int32_t> none;
+  gpu.forward_and_draw({none, none, none, none}, runner.cache, {}, {});
+  const kernels::Draw draws[2];
+  std::int32_t id = 0;
+  const std::vector<std::int32_t> zero = {0};
+  EXPECT_THROW(gpu.forward_and_draw({zero, zero, zero, zero}, runner.cache, draws, {&id, 1}),
+               ShapeError);
+}
+
 TEST_F(CudaDecoder, GraphsSurviveLargerBatchesAndOtherCaches) {
   const TinyModel tiny({.moe_layers = {0}});
   CudaTransformer gpu(tiny.load(), 0);
@@ -219,7 +269,13 @@ class CudaSteps : public cuda::OnDevice {
     });
     CudaTransformer gpu(tiny.load(), 0);
     Runner runner(gpu, 1, 64);
-    for (std::int32_t t = 0; t < n_tokens; ++t) runner.run({t}, {0}, {t}, {0});
+    const kernels::Draw draw{.temperature = 0.8F, .top_k = 40, .top_p = 0.95F, .random = 0.5};
+    std::int32_t id = 0;
+    for (std::int32_t t = 0; t < n_tokens; ++t) {
+      const std::int32_t position = t, slot = 0, output = 0, token = id;
+      gpu.forward_and_draw({{&token, 1}, {&slot, 1}, {&position, 1}, {&output, 1}}, runner.cache,
+                           {&draw, 1}, {&id, 1});
+    }
   }
 };
 
