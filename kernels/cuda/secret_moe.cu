@@ -2,8 +2,10 @@
 
 #include "kernels/cuda/activate.cuh"
 #include "kernels/cuda/base/check.h"
+#include "kernels/cuda/base/cooperative.cuh"
 #include "kernels/cuda/base/last_block.cuh"
 #include "kernels/cuda/base/operands.h"
+#include "kernels/cuda/base/row_slice.cuh"
 #include "kernels/cuda/linear.cuh"
 #include "kernels/cuda/secret_moe.h"
 #include "kernels/cuda/top_k.cuh"
@@ -15,9 +17,9 @@ using kernels::Activation;
 using kernels::SecretMoeView;
 
 constexpr int kRouteWarps = 4;
-constexpr int kNeuronWarps = 4;
-constexpr int kScatterWarps = kGroup / kWarp;  // a thread per column of a slice
-constexpr int kScatterDepth = 4;               // rows on their way to a warp
+constexpr int kDownDepth = 4;               // rows on their way to a lane
+constexpr std::int64_t kLeastNeurons = 64;  // of a group
+constexpr std::int64_t kLeastColumns = 64;  // of a slice
 
 // Scores (and the bypass) by a warp per row, then the top k by the block that finishes last.
 template <class Format>
@@ -51,27 +53,34 @@ struct Neurons {
   }
 };
 
-// h_j = φ(w_gate · x)(w_up · x) − μ: a warp per neuron, whose gate and up rows are one run.
+// What becomes of them: y = base + Σ h_j w_down,j.
+struct Outputs {
+  Activation phi;
+  const float* x;
+  std::int64_t cols;
+  float* h;  // [n]
+  std::int64_t neurons_per_group, n_groups;
+  float* partial;     // [n_groups, cols], if there are several
+  const float* base;  // may be y
+  float* y;
+  unsigned* arrived;
+  unsigned* done;  // [slices of a row]
+};
+
+// φ(w_gate · x)(w_up · x) of a neuron, whose gate and up rows are one run, by a warp.
 template <class Format>
-__global__ void __launch_bounds__(kNeuronWarps* kWarp, min_blocks(kNeuronWarps))
-    neurons_kernel(const __grid_constant__ Neurons neurons, Activation phi, const float* x,
-                   std::int64_t cols, float* h) {
-  __shared__ __align__(16) std::uint8_t staged[kNeuronWarps * RowStream<Format>::kSharedBytes];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const std::int64_t j = std::int64_t{blockIdx.x} * kNeuronWarps + warp;
-  if (j >= neurons.n) return;
-  const std::int64_t index = neurons.index(j);
-  const std::int64_t row_bytes = cols / Format::kElems * Format::kBytes;
+__device__ float activation_of(const WeightBytes& weights, std::int64_t index, const Outputs& to,
+                               std::uint8_t* staged, int lane) {
+  const std::int64_t cols = to.cols, row_bytes = cols / Format::kElems * Format::kBytes;
   float gate = 0, up = 0;
-  RowStream<Format>::run(neurons.weights(j), 3 * index * row_bytes, 2 * cols,
-                         staged + warp * RowStream<Format>::kSharedBytes, lane,
+  RowStream<Format>::run(weights, 3 * index * row_bytes, 2 * cols, staged, lane,
                          [&](std::int64_t c, std::int64_t left, const float(&w)[8]) {
                            for (int v = 0; v < Format::kVectors; ++v) {
                              const int at = Format::column(lane, v);
                              const bool is_up = c + at >= cols;
                              float xs[Format::kWidth], dot = 0;
-                             load_floats<Format::kWidth>(x + c + at - (is_up ? cols : 0), left - at,
-                                                         xs);
+                             load_floats<Format::kWidth>(to.x + c + at - (is_up ? cols : 0),
+                                                         left - at, xs);
                              for (int i = 0; i < Format::kWidth; ++i) {
                                dot = fmaf(w[Format::kWidth * v + i], xs[i], dot);
                              }
@@ -80,82 +89,123 @@ __global__ void __launch_bounds__(kNeuronWarps* kWarp, min_blocks(kNeuronWarps))
                          });
   gate = warp_sum(gate);
   up = warp_sum(up);
-  if (lane == 0) {
-    h[j] = phi_of(phi, gate) * up - (neurons.is_shared(j) ? 0.0f : neurons.mean[index]);
-  }
+  return phi_of(to.phi, gate) * up;
 }
 
-// Where the parts of Σ h_j w_down,j go, and what the last block makes of them.
-struct Scatter {
-  float* h;
-  std::int64_t cols;
-  std::int64_t neurons_per_group;
-  float* partial;              // [n_partials, cols]
-  std::int64_t first_partial;  // of this launch
-  std::int64_t n_partials;     // of all launches
-  const float* base;           // added in the end
-  float* y;                    // null: another launch follows
-  unsigned* done;
+// Rows of float32 weights would stage more than a block may have.
+template <class Format>
+constexpr int kNeuronWarps = Format::kElems == 1 && Format::kBytes == 4 ? 4 : 8;
+
+// Lanes that share a slice of a down row: few, so that slices are narrow and many; the whole warp
+// where a block has that many columns.
+template <class Format>
+constexpr int kDownLanes = Format::kElems == 256 ? kWarp : 8;
+
+// What a lane has of Σ h_j w_down,j over neurons [begin, end) and a slice of `count` columns: a
+// warp takes kRows rows at once, kDownDepth deep, every kNeuronWarps-th of such runs.
+template <class Format>
+struct DownSlice {
+  static constexpr int kLanes = kDownLanes<Format>;
+  using Slice = RowSlice<Format, kLanes>;
+  static constexpr int kRows = kWarp / kLanes;
+  static constexpr int kBuffer = staged_bytes(Slice::kMaxBytes);
+  // Of a warp, which has used it for gate and up before.
+  static constexpr int kSharedBytes =
+      std::max(RowStream<Format>::kSharedBytes, kRows* kDownDepth* kBuffer);
+
+  __device__ static void add(const Neurons& neurons, const Outputs& to, std::int64_t begin,
+                             std::int64_t end, std::int64_t slice, int count, std::uint8_t* staged,
+                             float (&sum)[8]) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int r = lane / kLanes, l = lane % kLanes;
+    const std::int64_t row_bytes = to.cols / Format::kElems * Format::kBytes;
+    constexpr int kRun = kRows * kDownDepth;
+    for (std::int64_t first = begin + warp * kRun; first < end;
+         first += kNeuronWarps<Format> * kRun) {
+      const std::uint8_t* at[kDownDepth];
+#pragma unroll
+      for (int d = 0; d < kDownDepth; ++d) {
+        const std::int64_t j = first + d * kRows + r;
+        at[d] = staged;
+        if (j >= end) continue;
+        const std::int64_t from = (3 * neurons.index(j) + 2) * row_bytes;
+        at[d] = stage<kLanes>(neurons.weights(j), from + Slice::first_byte(slice),
+                              from + Slice::end_byte(slice, count),
+                              staged + (d * kRows + r) * kBuffer, l);
+      }
+      __pipeline_commit();
+      __pipeline_wait_prior(0);
+      __syncwarp();
+#pragma unroll
+      for (int d = 0; d < kDownDepth; ++d) {
+        const std::int64_t j = first + d * kRows + r;
+        if (j >= end) continue;
+        float w[8];
+        Slice::unpack(at[d], slice, l, count, w);
+        const float h = __ldcg(&to.h[j]);
+        for (int i = 0; i < 8; ++i) sum[i] = fmaf(h, w[i], sum[i]);
+      }
+      __syncwarp();  // before the buffers are written again
+    }
+#pragma unroll
+    for (int offset = kLanes; offset < kWarp; offset *= 2) {
+      for (int i = 0; i < 8; ++i) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], offset);
+    }
+  }
 };
 
-// Block (s, g) sums the columns of slice s over the neurons of group g, each of its warps every
-// kScatterWarps-th of them. No atomic additions: a part per group, which the last block adds up in
-// order.
+// h_j = φ(w_gate · x)(w_up · x) − μ by a warp per neuron, then, all blocks having met, the down
+// rows by a block per slice of columns and group of neurons. No atomic additions: groups, where
+// there are several, leave a part each, which the last block of a slice adds up in order.
 template <class Format>
-__global__ void __launch_bounds__(kScatterWarps* kWarp, min_blocks(kScatterWarps))
-    scatter_kernel(const __grid_constant__ Neurons neurons, const __grid_constant__ Scatter to) {
-  constexpr int kBuffer = staged_bytes(kGroup / Format::kElems * Format::kBytes);
-  __shared__ __align__(16) std::uint8_t staged[kScatterWarps * kScatterDepth * kBuffer];
-  __shared__ float sums[kScatterWarps][kGroup];
+__global__ void __launch_bounds__(kNeuronWarps<Format>* kWarp, min_blocks(kNeuronWarps<Format>))
+    neurons_kernel(const __grid_constant__ Neurons neurons, const __grid_constant__ Outputs to) {
+  using Down = DownSlice<Format>;
+  using Slice = typename Down::Slice;
+  constexpr int kWarps = kNeuronWarps<Format>;
+  __shared__ __align__(16) std::uint8_t all_staged[kWarps * Down::kSharedBytes];
+  __shared__ float sums[kWarps][Slice::kColumns];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const std::int64_t slice = std::int64_t{blockIdx.x} * kGroup;
-  const int count = static_cast<int>(min(to.cols - slice, static_cast<std::int64_t>(kGroup)));
-  const std::int64_t row_bytes = to.cols / Format::kElems * Format::kBytes;
-  const std::int64_t begin = blockIdx.y * to.neurons_per_group;
-  const std::int64_t end = min(begin + to.neurons_per_group, neurons.n);
-  float sum[8] = {};
-  for (std::int64_t first = begin + warp; first < end; first += kScatterWarps * kScatterDepth) {
-    const std::uint8_t* at[kScatterDepth];
-#pragma unroll
-    for (int d = 0; d < kScatterDepth; ++d) {
-      const std::int64_t j = first + d * kScatterWarps;
-      at[d] = staged;
-      if (j >= end) continue;
-      const std::int64_t from = (3 * neurons.index(j) + 2) * row_bytes;
-      at[d] = stage(neurons.weights(j), from + slice / Format::kElems * Format::kBytes,
-                    from + (slice + count) / Format::kElems * Format::kBytes,
-                    staged + (warp * kScatterDepth + d) * kBuffer, lane);
-    }
-    __pipeline_commit();
-    __pipeline_wait_prior(0);
-    __syncwarp();
-#pragma unroll
-    for (int d = 0; d < kScatterDepth; ++d) {
-      const std::int64_t j = first + d * kScatterWarps;
-      if (j >= end) continue;
-      float w[8];
-      Format::unpack(at[d], lane, count, w);
-      const float h = to.h[j];
-      for (int i = 0; i < 8; ++i) sum[i] = fmaf(h, w[i], sum[i]);
-    }
-    __syncwarp();  // before the buffers are written again
+  std::uint8_t* staged = all_staged + warp * Down::kSharedBytes;
+  for (std::int64_t j = std::int64_t{blockIdx.x} * kWarps + warp; j < neurons.n;
+       j += std::int64_t{gridDim.x} * kWarps) {
+    const std::int64_t index = neurons.index(j);
+    const float f = activation_of<Format>(neurons.weights(j), index, to, staged, lane);
+    if (lane == 0) to.h[j] = f - (neurons.is_shared(j) ? 0.0f : neurons.mean[index]);
   }
-  for (int v = 0; v < Format::kVectors; ++v) {
-    for (int i = 0; i < Format::kWidth; ++i) {
-      sums[warp][Format::column(lane, v) + i] = sum[Format::kWidth * v + i];
+  grid_barrier(to.arrived);
+
+  const std::int64_t n_slices = (to.cols + Slice::kColumns - 1) / Slice::kColumns;
+  for (std::int64_t item = blockIdx.x; item < n_slices * to.n_groups; item += gridDim.x) {
+    const std::int64_t slice = item % n_slices, group = item / n_slices;
+    const std::int64_t first = slice * Slice::kColumns, c = first + threadIdx.x;
+    const int count =
+        static_cast<int>(min(to.cols - first, static_cast<std::int64_t>(Slice::kColumns)));
+    const std::int64_t begin = group * to.neurons_per_group;
+    const std::int64_t end = min(begin + to.neurons_per_group, neurons.n);
+    float sum[8] = {};
+    Down::add(neurons, to, begin, end, first, count, staged, sum);
+    if (lane < Down::kLanes) {
+      for (int i = 0; i < 8; ++i) {
+        sums[warp][Slice::column(lane, i / Format::kWidth) + i % Format::kWidth] = sum[i];
+      }
     }
-  }
-  __syncthreads();
-  if (static_cast<int>(threadIdx.x) < count) {
+    __syncthreads();
+    const bool mine = static_cast<int>(threadIdx.x) < count;
     float total = 0;
-    for (int w = 0; w < kScatterWarps; ++w) total += sums[w][threadIdx.x];
-    to.partial[(to.first_partial + blockIdx.y) * to.cols + slice + threadIdx.x] = total;
-  }
-  if (to.y == nullptr || !last_block(to.done, gridDim.x * gridDim.y)) return;
-  for (std::int64_t c = threadIdx.x; c < to.cols; c += blockDim.x) {
-    float total = to.base[c];
-    for (std::int64_t p = 0; p < to.n_partials; ++p) total += __ldcg(&to.partial[p * to.cols + c]);
-    to.y[c] = total;
+    if (mine) {
+      for (int w = 0; w < kWarps; ++w) total += sums[w][threadIdx.x];
+    }
+    if (to.n_groups > 1) {
+      if (mine) to.partial[group * to.cols + c] = total;
+      if (!last_block(&to.done[slice], static_cast<unsigned>(to.n_groups))) continue;
+      total = 0;
+      for (std::int64_t g = 0; mine && g < to.n_groups; ++g) {
+        total += __ldcg(&to.partial[g * to.cols + c]);
+      }
+    }
+    if (mine) to.y[c] = to.base[c] + total;
+    __syncthreads();  // before the sums are written again
   }
 }
 
@@ -163,14 +213,12 @@ WeightBytes bytes_of(const WeightView& w) {
   return {reinterpret_cast<const std::uint8_t*>(w.data), w.bytes()};
 }
 
-// Neurons that one group of the scatter sums up, for a launch of n. A group leaves a part of
-// d_model floats, written and read again: as many groups as keep that within 3 % of the neurons'
-// weights, and no fewer neurons than the warps of a block.
+// Groups of the neurons of a launch of n. Each leaves a part of d_model floats, written and read
+// again: as many as keep that within 1 % of the neurons' weights.
 std::int64_t neurons_per_group(const WeightView& w, std::int64_t n) {
   const std::int64_t traffic = 2 * w.cols * std::int64_t{sizeof(float)};
-  const std::int64_t groups =
-      std::max<std::int64_t>(1, 3 * n * 3 * w.row_bytes() / (100 * traffic));
-  return std::max<std::int64_t>(kScatterWarps, ceil_div(n, groups));
+  const std::int64_t groups = std::max<std::int64_t>(1, n * 3 * w.row_bytes() / (100 * traffic));
+  return std::max(kLeastNeurons, ceil_div(n, groups));
 }
 
 std::int64_t n_groups(const WeightView& w, std::int64_t n) {
@@ -185,16 +233,17 @@ const WeightView& any_neurons(const SecretMoeView& layer) {
   return layer.n_shared() > 0 ? layer.shared : layer.experts;
 }
 
+// Of the launch that has most.
 std::int64_t n_partials(const SecretMoeView& layer) {
   const std::int64_t n = layer.n_shared() + layer.n_active;
-  if (n == 0) return 0;
   if (one_launch(layer)) return n_groups(any_neurons(layer), n);
-  return n_groups(layer.shared, layer.n_shared()) + n_groups(layer.experts, layer.n_active);
+  return std::max(n_groups(layer.shared, layer.n_shared()),
+                  n_groups(layer.experts, layer.n_active));
 }
 
 // The pieces of the workspace.
 struct Workspace {
-  unsigned* done;  // [2], zero between calls
+  unsigned* done;  // [2 + slices of d_model]: top-k, grid barrier, slices
   float* z;        // [router_rank]
   float* zq;       // [bypass_rank]
   float* scores;   // [n_experts]
@@ -211,7 +260,8 @@ Workspace divide(const SecretMoeView& layer, std::byte* data) {
     return reinterpret_cast<float*>(piece);
   };
   Workspace w{};
-  w.done = reinterpret_cast<unsigned*>(take(2));
+  // First, and of a size that d_model alone gives: layers of one model share the workspace.
+  w.done = reinterpret_cast<unsigned*>(take(2 + ceil_div(layer.d_model(), kLeastColumns)));
   w.z = take(layer.router_rank());
   w.zq = take(layer.bypass_rank());
   w.scores = take(layer.n_experts());
@@ -243,22 +293,17 @@ void route(const SecretMoeView& layer, const Workspace& w, const Product* with_b
   });
 }
 
-// Activations of `neurons` into h, and their down rows into parts from `first` on; y only in the
-// last launch. Returns the next part.
-std::int64_t run_neurons(const SecretMoeView& layer, const Neurons& neurons, const WeightView& w,
-                         const float* x, Scatter to, StreamHandle stream) {
+// y = base + what `neurons` give.
+void run_neurons(const Neurons& neurons, const WeightView& w, Outputs to, StreamHandle stream) {
   to.neurons_per_group = neurons_per_group(w, neurons.n);
-  const std::int64_t groups = n_groups(w, neurons.n);
+  to.n_groups = n_groups(w, neurons.n);
   visit_format(w.dtype, [&]<class Format>() {
-    neurons_kernel<Format>
-        <<<static_cast<unsigned>(ceil_div(neurons.n, kNeuronWarps)), kNeuronWarps * kWarp, 0,
-           stream>>>(neurons, layer.phi, x, w.cols, to.h);
-    check_launch("secret_moe neurons");
-    const dim3 grid(static_cast<unsigned>(ceil_div(w.cols, kGroup)), static_cast<unsigned>(groups));
-    scatter_kernel<Format><<<grid, kScatterWarps * kWarp, 0, stream>>>(neurons, to);
-    check_launch("secret_moe scatter");
+    constexpr int kWarps = kNeuronWarps<Format>;
+    const std::int64_t slices = ceil_div(w.cols, 8 * kDownLanes<Format>);
+    launch_cooperative("secret_moe neurons", neurons_kernel<Format>,
+                       std::max(ceil_div(neurons.n, kWarps), slices * to.n_groups), kWarps * kWarp,
+                       stream, neurons, to);
   });
-  return to.first_partial + groups;
 }
 
 }  // namespace
@@ -304,20 +349,20 @@ void secret_moe_token(const SecretMoeView& layer, ConstMatrix x, Matrix y, std::
   const Neurons all{
       bytes_of(layer.shared),  bytes_of(layer.experts), layer.n_shared(), n_neurons, selected,
       layer.expert_mean.data()};
-  const Scatter to{w.h, d_model, 0, w.partial, 0, n_partials(layer), base, y.data, &w.done[1]};
+  const Outputs to{layer.phi, x.data, d_model, w.h,        0,         0,
+                   w.partial, base,   y.data,  &w.done[1], &w.done[2]};
   if (one_launch(layer)) {
-    run_neurons(layer, all, any_neurons(layer), x.data, to, stream);
+    run_neurons(all, any_neurons(layer), to, stream);
     return;
   }
   Neurons shared = all, experts = all;
   shared.n = layer.n_shared();
   experts.n_shared = 0;
   experts.n = k;
-  Scatter first = to, second = to;
-  first.y = nullptr;
-  second.h += layer.n_shared();
-  second.first_partial = run_neurons(layer, shared, layer.shared, x.data, first, stream);
-  run_neurons(layer, experts, layer.experts, x.data, second, stream);
+  run_neurons(shared, layer.shared, to, stream);
+  Outputs more = to;
+  more.base = y.data;
+  run_neurons(experts, layer.experts, more, stream);
 }
 
 }  // namespace moesaic::cuda

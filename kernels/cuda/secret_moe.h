@@ -14,8 +14,9 @@ std::size_t secret_moe_token_workspace(const kernels::SecretMoeView& layer);
 
 /// y = secret_moe(x) of kernels/secret_moe.h for one token, fused: router and bypass inwards (one
 /// launch); scores, bypass outwards and top-k (one); gather and activation of the shared and
-/// selected neurons (one); scatter of their down rows and the sum of all parts (one). A launch more
-/// where the router's and the bypass's dtypes, or the shared neurons' and the experts', differ.
+/// selected neurons, then, behind a grid barrier, the sum of their down rows and all else (one). A
+/// launch more where the router's and the bypass's dtypes, or the shared neurons' and the experts',
+/// differ.
 ///
 ///   x, y      [1, d_model], distinct memory; d_model a multiple of 4
 ///   selected  [n_active], receives the chosen ids, ascending

@@ -24,13 +24,15 @@ __host__ __device__ constexpr int staged_bytes(int bytes) {
 }
 
 /// Queues the copy of bytes [begin, end) of w, widened to whole sectors, into shared memory (a
-/// multiple of 16), by all lanes of a warp. Returns where the run's first byte will stand. Rows of
-/// the file's formats begin at any even address; asynchronous copies of 16 bytes do not.
+/// multiple of 16), by kLanes lanes of a warp, this one being the lane-th. Returns where the run's
+/// first byte will stand. Rows of the file's formats begin at any even address; asynchronous copies
+/// of 16 bytes do not.
+template <int kLanes = kWarp>
 __device__ inline const std::uint8_t* stage(const WeightBytes& w, std::int64_t begin,
                                             std::int64_t end, std::uint8_t* shared, int lane) {
   const std::int64_t first = begin / kSector * kSector;
   const std::int64_t last = min((end + kSector - 1) / kSector * kSector, w.bytes);
-  for (std::int64_t at = first + 16 * lane; at < last; at += 16 * kWarp) {
+  for (std::int64_t at = first + 16 * lane; at < last; at += 16 * kLanes) {
     std::uint8_t* to = shared + (at - first);
     if (at + 16 <= last) {
       __pipeline_memcpy_async(to, w.data + at, 16);

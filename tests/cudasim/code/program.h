@@ -19,7 +19,8 @@ enum class Step : u8 {
   Jump,   // the handler changed pc or the set of lanes
   Wait,   // lanes that the instruction names have not come yet: run others first
   Block,  // waits at a barrier of the block
-  Yield,  // a good moment to run another warp (nanosleep)
+  Yield,  // a good moment to run another warp
+  Sleep,  // the same: waits for what others do (nanosleep)
   Done,   // every lane has exited
 };
 

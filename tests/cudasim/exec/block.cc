@@ -163,7 +163,7 @@ Step run_warp(Warp& w, u64 budget) {
   }
   w.started += budget - left;
   w.block->instructions += budget - left;
-  return step == Step::Block || step == Step::Done ? step : Step::Yield;
+  return step == Step::Block || step == Step::Done || step == Step::Sleep ? step : Step::Yield;
 }
 
 }  // namespace
@@ -215,6 +215,7 @@ void Block::start(Launch& l, u64 block_index, Tally& tally) {
 bool Block::run(u64 slice, std::string& where) {
   const u64 stop_at = slice == 0 ? ~0ull : instructions + slice;
   u32 last = 0;
+  asleep = false;
   for (;;) {
     const u32 n = static_cast<u32>(warps.size());
     u32 ready = 0, alive = 0;
@@ -249,7 +250,7 @@ bool Block::run(u64 slice, std::string& where) {
       where = describe_place(*this, w, fault);
       throw;
     }
-    last = step == Step::Yield ? (pick + 1) % n : pick;
+    last = step == Step::Yield || step == Step::Sleep ? (pick + 1) % n : pick;
     if (step == Step::Block) w.waits = true;
     if (step == Step::Block || step == Step::Done) complete_barriers(*this);
     if (launch->max_instructions != 0 && instructions > launch->max_instructions) {
@@ -258,6 +259,10 @@ bool Block::run(u64 slice, std::string& where) {
           fmt::format("more than {} warp instructions in one block", launch->max_instructions)};
       where = describe_place(*this, w, fault);
       throw fault;
+    }
+    if (step == Step::Sleep && launch->cooperative && std::has_single_bit(ready)) {
+      asleep = true;
+      return false;
     }
   }
 }

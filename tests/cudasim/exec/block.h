@@ -44,6 +44,8 @@ struct Launch {
   std::vector<HostRange> registered;  // by cudaHostRegister: reachable, without shadow
 
   std::atomic<bool> stop{false};
+  std::atomic<u64> turns{0};    // of cooperative blocks that did more than sleep
+  std::atomic<int> n_awake{0};  // host threads that have such blocks, or may have
   std::mutex mutex;
   std::unique_ptr<Report> report;  // the first fault
   std::string output;              // of printf
@@ -89,6 +91,7 @@ struct Block {
 
   std::mt19937_64 random;
   u64 instructions = 0;
+  bool asleep = false;  // its only warp that does not wait at a barrier ended the last run so
   std::unique_ptr<std::byte[]> storage;  // registers of all warps
   std::size_t storage_bytes = 0;
 
@@ -97,7 +100,8 @@ struct Block {
   /// Makes the block ready to run; buffers are used again.
   void start(Launch& l, u64 block_index, Tally& tally);
   /// Runs until every warp has exited, or, with `slice` not 0, for about that many warp
-  /// instructions. True when done. Throws Fault after filling `where`.
+  /// instructions; less if a block of a cooperative launch sleeps. True when done. Throws Fault
+  /// after filling `where`.
   bool run(u64 slice, std::string& where);
 };
 

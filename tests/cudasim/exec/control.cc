@@ -100,7 +100,7 @@ Step trap(Warp&, const Ins&, u32 mask) {
   throw Fault{Finding::Trap, std::countr_zero(mask), "trap"};
 }
 
-Step sleep(Warp&, const Ins&, u32) { return Step::Yield; }
+Step sleep(Warp&, const Ins&, u32) { return Step::Sleep; }
 Step nothing(Warp&, const Ins&, u32) { return Step::Next; }
 
 }  // namespace

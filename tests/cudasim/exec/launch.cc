@@ -40,6 +40,7 @@ class Worker {
     } catch (const std::exception& e) {
       stop({Finding::Unsupported, e.what()});
     }
+    --launch_.n_awake;
   }
 
   Tally tally;
@@ -51,17 +52,31 @@ class Worker {
     }
     while (take() || !resident_.empty()) {
       // One turn for each block that is here.
+      const u64 turns = launch_.turns;
+      bool awake = false;
       for (std::size_t k = resident_.size(); k > 0 && !launch_.stop; --k) {
         auto block = std::move(resident_.front());
         resident_.pop_front();
-        if (run_block(*block, slice)) {
+        const bool done = run_block(*block, slice);
+        if (done || !block->asleep) awake = true, ++launch_.turns;
+        if (done) {
           spare_.push_back(std::move(block));
         } else {
           resident_.push_back(std::move(block));
         }
       }
       if (launch_.stop) return;
+      if (launch_.cooperative && !awake) wait_for_others(turns);
     }
+  }
+
+  // All blocks here wait for blocks of other threads: what they would issue meanwhile says nothing
+  // about the kernel.
+  void wait_for_others(u64 turns) {
+    --launch_.n_awake;
+    while (launch_.n_awake > 0 && launch_.turns == turns && !launch_.stop)
+      std::this_thread::yield();
+    ++launch_.n_awake;
   }
 
   bool take() {
@@ -110,6 +125,7 @@ Tally run_launch(Launch& launch, int n_threads) {
   const u64 n = std::min<u64>(static_cast<u64>(std::max(1, n_threads)), launch.grid.count());
   std::vector<std::unique_ptr<Worker>> workers;
   for (u64 k = 0; k < n; ++k) workers.push_back(std::make_unique<Worker>(launch, next));
+  launch.n_awake = static_cast<int>(n);
   std::vector<std::thread> threads;
   for (u64 k = 1; k < n; ++k) threads.emplace_back([&, k] { workers[k]->run(); });
   workers[0]->run();

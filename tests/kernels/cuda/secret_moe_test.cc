@@ -56,7 +56,7 @@ TEST_F(SecretMoe, SizesAcrossSlicesAndGroups) {
   }
   // Several groups of neurons, the last one short.
   expect_token(
-      {.experts = DType::BF16, .d_model = 288, .n_shared = 101, .n_experts = 150, .n_active = 102});
+      {.experts = DType::F32, .d_model = 96, .n_shared = 101, .n_experts = 150, .n_active = 102});
   expect_token({.experts = DType::BF16,
                 .router = DType::F32,
                 .d_model = 68,
