@@ -8,6 +8,7 @@
 #include "converter/distill.h"
 #include "converter/fit.h"
 #include "converter/recipe.h"
+#include "converter/start.h"
 
 namespace moesaic::converter::study {
 
