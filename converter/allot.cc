@@ -8,7 +8,7 @@
 namespace moesaic::converter {
 namespace {
 
-constexpr std::int64_t kStep = 8;  // granularity of k: eight experts, a cache line of scores
+constexpr std::int64_t kStep = 8;  // granularity of k: eight neurons, a cache line of scores
 
 // Fractions a layer may be given, `least` … 1.
 std::vector<double> choices(double least) {
@@ -24,7 +24,7 @@ std::vector<double> choices(double least) {
 }  // namespace
 
 LayerPlan plan_for_fraction(const PlanShape& s, double fraction) {
-  LayerPlan plan{false, s.n_shared, 0, s.router_rank, s.bypass_rank};
+  LayerPlan plan{false, s.n_shared, 0, s.router_rank, s.bypass_rank, s.block, s.n_clones};
   if (fraction >= 1) {
     plan = {};
     plan.dense = true;
@@ -32,14 +32,15 @@ LayerPlan plan_for_fraction(const PlanShape& s, double fraction) {
   }
   const double fixed = active_fraction(plan, s.d_model, s.d_ff);
   const auto budget = static_cast<std::int64_t>(
-      std::floor((fraction - fixed) * static_cast<double>(s.d_ff) + 1e-6));
+      std::floor((fraction - fixed) * static_cast<double>(s.d_ff) + 1e-6));  // neurons
+  const std::int64_t step = std::max<std::int64_t>(1, kStep / s.block);      // experts
   require<InputError>(
-      budget >= kStep,
+      budget >= step * s.block,
       "--active: a layer at {:.3f} has no room for experts beside {} shared neurons, a router of "
-      "rank {} and a bypass of rank {}; the least is {:.3f}",
-      fraction, s.n_shared, s.router_rank, s.bypass_rank,
-      fixed + static_cast<double>(kStep) / static_cast<double>(s.d_ff));
-  plan.n_active = std::min(budget / kStep * kStep, s.d_ff - s.n_shared);
+      "rank {} and {} experts, and a bypass of rank {}; the least is {:.3f}",
+      fraction, s.n_shared, s.router_rank, n_experts(plan, s.d_ff), s.bypass_rank,
+      fixed + static_cast<double>(step * s.block) / static_cast<double>(s.d_ff));
+  plan.n_active = std::min(budget / (step * s.block) * step, n_experts(plan, s.d_ff));
   return plan;
 }
 

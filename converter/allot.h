@@ -15,11 +15,13 @@ struct PlanShape {
   std::int64_t n_shared = 0;
   std::int64_t router_rank = 0;
   std::int64_t bypass_rank = 0;
+  std::int64_t block = 1;     // LayerPlan's
+  std::int64_t n_clones = 0;  // likewise
 };
 
-/// The largest plan (k a multiple of 8) whose active fraction does not exceed `fraction`; dense
-/// from the fraction on where nothing would be saved. Throws InputError if not even k = 8 fits,
-/// naming the smallest fraction that does.
+/// The largest plan (k a multiple of 8 neurons, or of one block where that is more) whose active
+/// fraction does not exceed `fraction`; dense from the fraction on where nothing would be saved.
+/// Throws InputError if not even one such step fits, naming the smallest fraction that does.
 LayerPlan plan_for_fraction(const PlanShape& shape, double fraction);
 
 /// How the loss of a converted layer is taken to fall with its active fraction f, up to a factor:

@@ -143,7 +143,7 @@ void assemble(const models::GgufFile& dense, std::span<const SavedLayer> layers,
 }
 
 std::int64_t estimate_output_bytes(const models::GgufFile& dense, std::optional<DType> expert_dtype,
-                                   std::optional<DType> router_dtype) {
+                                   std::optional<DType> router_dtype, std::int64_t more_neurons) {
   const std::int64_t n_layers =
       dense.get_int(dense.get_string("general.architecture") + ".block_count");
   const DType router = router_dtype.value_or(DType::BF16);
@@ -161,11 +161,11 @@ std::int64_t estimate_output_bytes(const models::GgufFile& dense, std::optional<
       const models::GgufTensor* t = dense.find_tensor(mlp_tensor(layer, part));
       if (t == nullptr || t->dims.size() != 2) continue;
       d_model = std::min(t->dims[0], t->dims[1]);
-      d_ff = std::max(t->dims[0], t->dims[1]);
+      d_ff = std::max(t->dims[0], t->dims[1]) + more_neurons;
       // Experts take the format of ffn_gate, the first of the three, where that can be written,
       // else BF16 at most.
       if (part == kReplaced[0]) gate = kernels::can_quantize(t->dtype) ? t->dtype : DType::BF16;
-      const std::int64_t experts = bytes_of(expert_dtype.value_or(gate), t->n_elements());
+      const std::int64_t experts = bytes_of(expert_dtype.value_or(gate), d_model * d_ff);
       bytes += std::max<std::int64_t>(0, experts - t->bytes);
     }
     const std::int64_t rank = d_model / 4;

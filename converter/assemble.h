@@ -39,9 +39,11 @@ void set_hybrid_metadata(models::GgufWriter& writer, const models::GgufFile& den
 
 /// Bytes that assemble() will write at most, before the layers exist: the dense file's size, plus
 /// what its MLPs grow by where their format cannot be written, plus routers and bypass of a rank up
-/// to d_model / 4 each. `expert_dtype`, `router_dtype` as in ConvertOptions.
+/// to d_model / 4 each. `expert_dtype`, `router_dtype` as in ConvertOptions; `more_neurons`: that a
+/// layer gets beyond its MLP's.
 std::int64_t estimate_output_bytes(const models::GgufFile& dense,
                                    std::optional<DType> expert_dtype = {},
-                                   std::optional<DType> router_dtype = {});
+                                   std::optional<DType> router_dtype = {},
+                                   std::int64_t more_neurons = 0);
 
 }  // namespace moesaic::converter

@@ -70,8 +70,9 @@ nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::str
   j["threads"] = n_threads;
   j["expert_type"] = o.expert_dtype ? std::string(traits(*o.expert_dtype).name) : "auto";
   j["router_type"] = o.router_dtype ? std::string(traits(*o.router_dtype).name) : "auto";
-  if (job.recipe.method == Method::Paper) {
+  if (job.recipe.method == Method::Paper || job.recipe.method == Method::LowRank) {
     j["experts"] = o.n_experts;
+    j["block"] = o.block;
     j["passes"] = o.passes;
     j["layers"] = o.layers;
   }
@@ -142,7 +143,11 @@ std::int64_t folder_bytes(const std::filesystem::path& folder) {
 
 }  // namespace
 
-bool is_mixture(const LayerReport& layer) { return models::mixture_kind(layer.kind).has_value(); }
+bool is_mixture(const LayerReport& layer) {
+  // Gated experts are the dense MLP's own neurons, in blocks.
+  const auto kind = models::mixture_kind(layer.kind);
+  return kind && kind->expert != kernels::ExpertKind::Glu;
+}
 
 bool is_self_routed(const LayerReport& layer) {
   return layer.kind == models::kKindGluGate || layer.kind == models::kKindGluInput;
@@ -167,7 +172,6 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   const auto tokenizer = models::load_tokenizer(*checkpoint->file);
   Job job{
       options, recipe, options.tokens > 0 ? options.tokens : recipe.tokens, {}, options.recover};
-  job.shape = plan_shape(checkpoint->config, recipe);
   require<InputError>(recipe.recover_tokens > 0 || options.recover.tokens == 0,
                       "--recover-tokens: the recipe \"{}\" does not recover, \"best\" does",
                       recipe.name);
@@ -175,10 +179,18 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   job.recover.seed = options.seed;
   job.recover.expert_type = options.expert_dtype;
   job.recover.n_ctx = std::min(kContext, checkpoint->config.context_length);
-  require<InputError>(recipe.method == Method::Paper ||
-                          (options.n_experts == 0 && options.passes == 0 && options.layers.empty()),
-                      "--experts, --passes and --layers: the recipe \"{}\" makes no use of them",
-                      recipe.name);
+  // What no other recipe reads must not be passed over in silence.
+  const auto only = [&](bool given, bool used, std::string_view flag) {
+    require<InputError>(!given || used, "{}: the recipe \"{}\" makes no use of it", flag,
+                        recipe.name);
+  };
+  const bool low_rank = recipe.method == Method::LowRank;
+  const bool paper = recipe.method == Method::Paper;
+  only(options.n_experts > 0, low_rank || paper, "--experts");
+  only(!options.layers.empty(), low_rank || paper, "--layers");
+  only(options.block != 1, low_rank, "--block");
+  only(options.passes > 0, paper, "--passes");
+  if (low_rank) job.shape = plan_shape(checkpoint->config, recipe, options);
   switch (recipe.method) {
     case Method::LowRank:
       check_low_rank(job, *checkpoint);
@@ -201,7 +213,8 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   }
   // The output, and the layers kept for --resume, as far as they are not there yet.
   const std::int64_t output_bytes =
-      estimate_output_bytes(*checkpoint->file, options.expert_dtype, options.router_dtype);
+      estimate_output_bytes(*checkpoint->file, options.expert_dtype, options.router_dtype,
+                            job.shape.n_clones * job.shape.block);
   const std::int64_t kept_bytes =
       options.resume ? folder_bytes(options.output.string() + ".state") : 0;
   const std::int64_t disk = output_bytes + std::max<std::int64_t>(0, output_bytes - kept_bytes);

@@ -32,10 +32,12 @@ struct ConvertOptions {
   std::filesystem::path curves;       // a plan whose measured curves to plan from
   std::optional<DType> expert_dtype;  // default: the dense MLP's own format where it can be written
   std::optional<DType> router_dtype;
-  // Of students from a random start (recipes "peer", "sgatlin", "paper"):
-  std::int64_t n_experts = 0;  // 0: the first square from twice d_ff on
-  double passes = 0;           // over the activations; 0: the recipe's
+  // Of recipes with a router ("low-rank", "peer", "sgatlin", "paper"):
+  std::int64_t n_experts = 0;  // 0: those of the dense MLP's neurons, or of "peer", "sgatlin" and
+                               // "paper" the first square from twice d_ff on
   std::vector<int> layers;     // to convert, the others stay dense; empty: all
+  std::int64_t block = 1;      // neurons of an expert ("low-rank")
+  double passes = 0;           // over the activations ("peer", …); 0: the recipe's
 };
 
 /// One layer of the report.

@@ -9,6 +9,7 @@
 #include "converter/layerwise.h"
 #include "converter/linalg.h"
 #include "converter/sensitivity.h"
+#include "converter/start.h"
 #include "converter/stream.h"
 
 namespace moesaic::converter {
@@ -34,6 +35,8 @@ std::string plan_to_json(std::span<const LayerPlan> plans, std::span<const doubl
                  {"n_active", p.n_active},
                  {"router_rank", p.router_rank},
                  {"bypass_rank", p.bypass_rank},
+                 {"block", p.block},
+                 {"n_clones", p.n_clones},
                  {"sensitivity", sensitivity[l]}});
   }
   return j.dump(1);
@@ -45,7 +48,7 @@ void plan_from_json(const std::string& text, const std::string& file, int n_laye
   try {
     for (const auto& p : nlohmann::json::parse(text)) {
       plans.push_back({p.at("dense"), p.at("n_shared"), p.at("n_active"), p.at("router_rank"),
-                       p.at("bypass_rank")});
+                       p.at("bypass_rank"), p.at("block"), p.at("n_clones")});
       sensitivity.push_back(p.at("sensitivity"));
     }
   } catch (const nlohmann::json::exception& e) {
@@ -63,8 +66,14 @@ struct LayerCosts {
   double refit = 1.5;      // rounding and outputs again
   double finish = 0.7;     // the hybrid's stream moves on
 
-  explicit LayerCosts(const Recipe& recipe) : distill(3 * recipe.distill.passes) {
-    if (recipe.distill.passes == 0) refit = 0;
+  explicit LayerCosts(const Job& job) : distill(3 * job.recipe.distill.passes) {
+    if (distill == 0) refit = 0;
+    // Clones are neurons more. Blocks are run token by token.
+    const PlanShape& s = job.shape;
+    const double neurons = 1 + static_cast<double>(s.n_clones * s.block) /
+                                   static_cast<double>(std::max<std::int64_t>(1, s.d_ff));
+    for (double* cost : {&closed_form, &distill, &refit}) *cost *= neurons;
+    if (s.block > 1) finish *= 5;
   }
   double all() const { return calibrate + closed_form + distill + refit + finish; }
   double pass() const { return calibrate + finish; }  // converted before, or dense
@@ -102,10 +111,10 @@ class Conversion {
 
   // Fits, distills and packs the layer; the hybrid's stream stands before its MLP afterwards
   // (finish() moves it on), the dense one behind it.
-  models::PackedSecretMoe fit(int layer, const LayerPlan& plan, LayerReport& report,
-                              Schedule& schedule, engine::Monitor& monitor) {
+  PackedStudent fit(int layer, const LayerPlan& plan, LayerReport& report, Schedule& schedule,
+                    engine::Monitor& monitor) {
     const Recipe& recipe = job_.recipe;
-    const LayerCosts costs(recipe);
+    const LayerCosts costs(job_);
     const auto n_tokens = static_cast<double>(n_);
     const auto& mlp = std::get<models::DenseMlp>(dense_mlp(layer));
     const DType experts = expert_dtype(job_.options, mlp);
@@ -144,11 +153,11 @@ class Conversion {
     fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge, experts);
     AlignedBuffer<float> y_hat(static_cast<std::size_t>(held_out.x.rows * d_));
     const Matrix mh(y_hat.data(), held_out.x.rows, d_);
-    const auto held_out_error = [&](const models::PackedSecretMoe& packed) {
-      forward_rows(ctx_, packed.view(), held_out.x, mh);
+    const auto held_out_error = [&](const PackedStudent& packed) {
+      forward_rows(ctx_, view(packed), held_out.x, mh);
       return relative_error(held_out, mh);
     };
-    models::PackedSecretMoe packed = pack(student, experts, router);
+    PackedStudent packed = pack(student, experts, router);
     report.error_closed_form = report.error_distilled = held_out_error(packed);
 
     DistillOptions options = recipe.distill;
@@ -162,7 +171,7 @@ class Conversion {
     stage("fit the outputs again", 1, costs.refit);
     round_inputs_to(ctx_, student, metric, experts, router);
     fit_outputs(ctx_, student, sample, recipe.router_ridge, recipe.output_ridge, experts);
-    models::PackedSecretMoe distilled = pack(student, experts, router);
+    PackedStudent distilled = pack(student, experts, router);
     // Trained rows leave the grid of the checkpoint's own format, which can cost what a short
     // training gains: the held-out tokens decide.
     const double error = held_out_error(distilled);
@@ -214,7 +223,8 @@ class Conversion {
 
 }  // namespace
 
-PlanShape plan_shape(const models::ModelConfig& config, const Recipe& recipe) {
+PlanShape plan_shape(const models::ModelConfig& config, const Recipe& recipe,
+                     const ConvertOptions& options) {
   PlanShape s;
   s.d_model = config.d_model;
   s.d_ff = config.d_ff;
@@ -225,6 +235,19 @@ PlanShape plan_shape(const models::ModelConfig& config, const Recipe& recipe) {
   const auto n =
       static_cast<std::int64_t>(recipe.shared_fraction * static_cast<double>(config.d_ff));
   s.n_shared = n < 32 ? n : (n + 16) / 32 * 32;
+  s.block = options.block;
+  const std::int64_t n_routed = s.d_ff - s.n_shared;
+  require<InputError>(s.block >= 1 && n_routed % s.block == 0,
+                      "--block: {} given, expected a divisor of {}, the {} neurons of a dense MLP "
+                      "less the {} that are shared",
+                      s.block, n_routed, s.d_ff, s.n_shared);
+  if (options.n_experts > 0) {
+    s.n_clones = options.n_experts - n_routed / s.block;
+    require<InputError>(s.n_clones >= 0,
+                        "--experts: {} given, expected at least {}: all {} neurons of a dense MLP "
+                        "stay, {} of them shared, the others in experts of {}",
+                        options.n_experts, n_routed / s.block, s.d_ff, s.n_shared, s.block);
+  }
   return s;
 }
 
@@ -241,7 +264,7 @@ void check_low_rank(const Job& job, const models::Checkpoint& checkpoint) {
 // Adam's state.
 std::int64_t low_rank_memory(const Job& job) {
   const std::int64_t d = job.shape.d_model;
-  const std::int64_t n = job.shape.d_ff;
+  const std::int64_t n = job.shape.d_ff + job.shape.n_clones * job.shape.block;
   const std::int64_t f = n + d + 1;
   const std::int64_t streams = 4 * 4 * job.n_tokens * d;
   const std::int64_t tile = 4 * 2048 * (8 * n + 6 * d);
@@ -261,31 +284,45 @@ std::int64_t LowRankConversion::sensitivity_tokens() const {
   return std::min(job_.recipe.sensitivity_tokens, job_.n_tokens / 3);
 }
 
+std::vector<bool> LowRankConversion::wanted() const {
+  std::vector<bool> out;
+  for (int layer = 0; layer < model_.config().n_layers; ++layer) {
+    out.push_back(converts(job_.options, layer));
+  }
+  return out;
+}
+
 double LowRankConversion::sensitivity_cost() const {
-  return kept_plan_ ? 0
-                    : kSensitivityCost * model_.config().n_layers *
-                          static_cast<double>(sensitivity_tokens());
+  if (kept_plan_ || job_.options.budget == Budget::Uniform) return 0;
+  const std::vector<bool> layers = wanted();
+  const auto n = static_cast<double>(std::count(layers.begin(), layers.end(), true));
+  return static_cast<double>(sensitivity_tokens()) *
+         (kSensitivityCost * n + LayerCosts(job_).calibrate * (model_.config().n_layers - n));
 }
 
 double LowRankConversion::cost() const {
-  const LayerCosts costs(job_.recipe);
-  const auto n_kept = static_cast<double>(saved_.size());
+  const LayerCosts costs(job_);
   const auto n_tokens = static_cast<double>(job_.n_tokens);
-  return sensitivity_cost() + n_kept * n_tokens * costs.pass() +
-         (model_.config().n_layers - n_kept) * n_tokens * costs.all();
+  double sum = sensitivity_cost();
+  const std::vector<bool> layers = wanted();
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    sum += n_tokens * (layers[l] && l >= saved_.size() ? costs.all() : costs.pass());
+  }
+  return sum;
 }
 
-std::vector<SavedLayer> LowRankConversion::run(const Calibration& calibration, Schedule& schedule,
-                                               ConvertReport& report, engine::Monitor& monitor) {
+void LowRankConversion::make_plan(const Calibration& calibration, Schedule& schedule,
+                                  engine::Monitor& monitor, std::vector<LayerPlan>& plans,
+                                  std::vector<double>& sensitivity) {
+  const ConvertOptions& o = job_.options;
   const int n_layers = model_.config().n_layers;
-  const LayerCosts costs(job_.recipe);
-  const auto n_kept = static_cast<double>(saved_.size());
-  const auto n_tokens = static_cast<double>(job_.n_tokens);
-  std::vector<LayerPlan> plans;
-  std::vector<double> sensitivity;
-  if (kept_plan_) {
-    plan_from_json(*kept_plan_, (state_.path() / "plan.json").string(), n_layers, plans,
-                   sensitivity);
+  const std::vector<bool> layers = wanted();
+  plans.assign(layers.size(), {.dense = true});
+  sensitivity.assign(layers.size(), 0);
+  if (o.budget == Budget::Uniform) {
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      if (layers[l]) plans[l] = plan_for_fraction(job_.shape, o.active);
+    }
   } else {
     const std::int64_t windows = std::clamp<std::int64_t>(sensitivity_tokens() / calibration.n_ctx,
                                                           2, calibration.n_windows());
@@ -294,20 +331,47 @@ std::vector<SavedLayer> LowRankConversion::run(const Calibration& calibration, S
     sensitivity = measure_sensitivity(
         model_,
         std::span(calibration.tokens).first(static_cast<std::size_t>(windows * calibration.n_ctx)),
-        calibration.n_ctx, plan_for_fraction(job_.shape, std::min(job_.options.active, 0.8)),
+        calibration.n_ctx, plan_for_fraction(job_.shape, std::min(o.active, 0.8)), layers,
         job_.recipe, monitor);
-    plans = allot(job_.shape, sensitivity, job_.options.active, job_.recipe.least_fraction);
-    state_.save_plan(plan_to_json(plans, sensitivity));
+    std::vector<double> of_wanted;
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      if (layers[l]) of_wanted.push_back(sensitivity[l]);
+    }
+    const std::vector<LayerPlan> allotted =
+        allot(job_.shape, of_wanted, o.active, job_.recipe.least_fraction);
+    auto next = allotted.begin();
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      if (layers[l]) plans[l] = *next++;
+    }
+  }
+  state_.save_plan(plan_to_json(plans, sensitivity));
+}
+
+std::vector<SavedLayer> LowRankConversion::run(const Calibration& calibration, Schedule& schedule,
+                                               ConvertReport& report, engine::Monitor& monitor) {
+  const int n_layers = model_.config().n_layers;
+  const LayerCosts costs(job_);
+  const auto n_kept = static_cast<double>(saved_.size());
+  const auto n_tokens = static_cast<double>(job_.n_tokens);
+  std::vector<LayerPlan> plans;
+  std::vector<double> sensitivity;
+  if (kept_plan_) {
+    plan_from_json(*kept_plan_, (state_.path() / "plan.json").string(), n_layers, plans,
+                   sensitivity);
+  } else {
+    make_plan(calibration, schedule, monitor, plans, sensitivity);
   }
   for (const LayerPlan& plan : plans) {
     report.active_fraction += active_fraction(plan, job_.shape.d_model, job_.shape.d_ff) / n_layers;
   }
   const auto n_dense =
       std::count_if(plans.begin(), plans.end(), [](const LayerPlan& p) { return p.dense; });
-  const auto n_dense_left =
-      std::count_if(plans.begin() + static_cast<std::ptrdiff_t>(saved_.size()), plans.end(),
-                    [](const LayerPlan& p) { return p.dense; });
-  schedule.drop(static_cast<double>(n_dense_left) * n_tokens * (costs.all() - costs.pass()));
+  // Layers that the plan leaves dense though --layers asks for them.
+  for (std::size_t l = saved_.size(); l < plans.size(); ++l) {
+    if (plans[l].dense && converts(job_.options, static_cast<int>(l))) {
+      schedule.drop(n_tokens * (costs.all() - costs.pass()));
+    }
+  }
   monitor.line(
       fmt::format("plan: mean active fraction {:.3f}, {} of {} layers converted, {} stay dense",
                   report.active_fraction, n_layers - n_dense, n_layers, n_dense));
@@ -339,20 +403,24 @@ std::vector<SavedLayer> LowRankConversion::run(const Calibration& calibration, S
         conversion.pass(layer, saved_.back());
         continue;
       }
-      row.kind = models::kKindGluLowRank;
+      row.kind = plan.block == 1 ? std::string(models::kKindGluLowRank) : models::kind_name({});
+      row.d_ff = job_.shape.d_ff;
       row.n_shared = plan.n_shared;
-      row.n_experts = job_.shape.d_ff - plan.n_shared;
+      row.n_experts = n_experts(plan, job_.shape.d_ff);
+      row.expert_neurons = plan.block;
       row.n_active = plan.n_active;
       row.router_rank = plan.router_rank;
       row.bypass_rank = plan.bypass_rank;
-      const models::PackedSecretMoe packed = conversion.fit(layer, plan, row, schedule, monitor);
+      const PackedStudent packed = conversion.fit(layer, plan, row, schedule, monitor);
       schedule.next(n_tokens * costs.finish);
       monitor.stage(fmt::format("layer {}: move on", layer), 1);
-      conversion.finish(layer, packed.view(), row.expert_usage);
-      saved_.push_back(state_.save_layer(row, packed, model_.config()));
+      conversion.finish(layer, view(packed), row.expert_usage);
+      saved_.push_back(std::visit(
+          [&](const auto& p) { return state_.save_layer(row, p, model_.config()); }, packed));
       monitor.line(fmt::format(
-          "layer {:2}: active {:.3f} (k {} of {}), error {:.4f} closed form, {:.4f} distilled",
-          layer, row.active_fraction, row.n_active, row.n_experts, row.error_closed_form,
+          "layer {:2}: active {:.3f} (k {} of {}{}), error {:.4f} closed form, {:.4f} distilled",
+          layer, row.active_fraction, row.n_active, row.n_experts,
+          plan.block == 1 ? "" : fmt::format(" blocks of {}", plan.block), row.error_closed_form,
           row.error_distilled));
     }
   }

@@ -12,9 +12,9 @@
 
 namespace moesaic::converter {
 
-/// Steps 1 to 6 of DESIGN.md section 2 for layers of kind "glu+low_rank": sensitivity, budget, and
-/// layer by layer calibration, closed form and distillation. Finished layers are kept in the state
-/// folder.
+/// Steps 1 to 6 of DESIGN.md section 2 for layers of kind "glu+low_rank", or "glu+low_rank+none"
+/// where experts are blocks of neurons: sensitivity, budget, and layer by layer calibration, closed
+/// form and distillation. Finished layers are kept in the state folder.
 class LowRankConversion {
  public:
   /// Takes over what the folder holds.
@@ -30,6 +30,10 @@ class LowRankConversion {
  private:
   std::int64_t sensitivity_tokens() const;
   double sensitivity_cost() const;
+  std::vector<bool> wanted() const;  // by --layers
+  /// Measures and allots; both are left as they are kept.
+  void make_plan(const Calibration& calibration, Schedule& schedule, engine::Monitor& monitor,
+                 std::vector<LayerPlan>& plans, std::vector<double>& sensitivity);
 
   const Job& job_;
   models::Transformer& model_;
@@ -38,8 +42,10 @@ class LowRankConversion {
   std::vector<SavedLayer> saved_;
 };
 
-/// Sizes that do not depend on the budget.
-PlanShape plan_shape(const models::ModelConfig& config, const Recipe& recipe);
+/// Sizes that do not depend on the budget. Throws InputError where --block or --experts do not fit
+/// the checkpoint's neurons.
+PlanShape plan_shape(const models::ModelConfig& config, const Recipe& recipe,
+                     const ConvertOptions& options);
 
 /// Throws InputError where --active, --expert-type or --router-type cannot be had for this
 /// checkpoint: asked before the work, not after it.

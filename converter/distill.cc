@@ -55,17 +55,6 @@ void sum_rows(Context& ctx, ConstMatrix m, float* dst) {
   });
 }
 
-// ‖w_down,i‖ of the experts.
-std::vector<float> expert_norms(const Student& s) {
-  std::vector<float> norm(static_cast<std::size_t>(s.n_experts()));
-  for (std::int64_t i = 0; i < s.n_experts(); ++i) {
-    const float* row = s.neurons.down().row(s.plan.n_shared + i);
-    norm[static_cast<std::size_t>(i)] =
-        std::sqrt(std::inner_product(row, row + s.neurons.d_model, row, 0.0F));
-  }
-  return norm;
-}
-
 // Σ ω‖v − v̄‖² / Σ ω of the rows of v; of rows that are all alike a millionth of their mean square,
 // since it is divided by.
 double weighted_variance(ConstMatrix v, std::span<const float> weight) {
@@ -116,7 +105,7 @@ void student_gradients(Context& ctx, const Student& s, ConstMatrix x, ConstMatri
   const ConstMatrix v(s.router_v.data(), r, d);
   const ConstMatrix u(s.router_u.data(), n_experts, r);
   const double total = std::accumulate(weight.begin(), weight.end(), 0.0);
-  const std::vector<float> norm = expert_norms(s);
+  const std::vector<float> norm = down_norms(s.neurons);
 
   // Forward: gate and up products, scores, selection.
   Matrix gate = take(ctx, m, n);
@@ -125,6 +114,7 @@ void student_gradients(Context& ctx, const Student& s, ConstMatrix x, ConstMatri
   Matrix mask = take(ctx, m, n_experts);
   Matrix z = take(ctx, m, r);
   Matrix scores = take(ctx, m, n_experts);
+  Matrix target = take(ctx, m, n_experts);
   kernels::gemm(ctx, false, true, 1, x, s.neurons.gate(), 0, gate);
   kernels::gemm(ctx, false, true, 1, x, s.neurons.up(), 0, up);
   kernels::gemm(ctx, false, true, 1, x, v, 0, z);
@@ -137,25 +127,31 @@ void student_gradients(Context& ctx, const Student& s, ConstMatrix x, ConstMatri
   const double aux_unit = 1.0 / (total * c_scale);
   parallel(ctx, m, [&](std::int64_t t) {
     const double w = weight[static_cast<std::size_t>(t)];
-    double loss = 0;
+    const float* on = mask.row(t);
     for (std::int64_t i = 0; i < n; ++i) {
       const Slope a = activate_with_slope(s.neurons.phi, gate.row(t)[i]);
-      const float h = a.value * up.row(t)[i];
-      const float centred = h - s.mean[static_cast<std::size_t>(i)];
-      float on = 1;
-      if (i >= n_shared) {
-        const std::int64_t e = i - n_shared;
-        on = mask.row(t)[e];
-        float& score = scores.row(t)[e];
-        const float c = std::abs(centred) * norm[static_cast<std::size_t>(e)];
-        const double gap =
-            static_cast<double>(score) + s.router_bias[static_cast<std::size_t>(e)] - c;
-        loss += w * gap * gap;
-        score = static_cast<float>(2 * auxiliary * aux_unit * w * gap);
+      f.row(t)[i] = a.value * up.row(t)[i];
+      gate.row(t)[i] = a.derivative * up.row(t)[i];
+      up.row(t)[i] = a.value;
+    }
+    float* score = scores.row(t);
+    float* c = target.row(t);
+    for (std::int64_t e = 0; e < n_experts; ++e) {
+      score[e] += s.router_bias[static_cast<std::size_t>(e)];
+    }
+    contributions(s, norm, f.row(t), c);
+    leave_to_winners(s, score, c);
+    double loss = 0;
+    for (std::int64_t e = 0; e < n_experts; ++e) {
+      const double gap = static_cast<double>(score[e]) - c[e];
+      loss += w * gap * gap;
+      score[e] = static_cast<float>(2 * auxiliary * aux_unit * w * gap);
+      for (std::int64_t i = n_shared + e * s.plan.block; i < n_shared + (e + 1) * s.plan.block;
+           ++i) {
+        f.row(t)[i] = on[e] * (f.row(t)[i] - s.mean[static_cast<std::size_t>(i)]);
+        gate.row(t)[i] *= on[e];
+        up.row(t)[i] *= on[e];
       }
-      f.row(t)[i] = on * centred;
-      gate.row(t)[i] = on * a.derivative * up.row(t)[i];
-      up.row(t)[i] = on * a.value;
     }
     aux_by_row[static_cast<std::size_t>(t)] = loss;
   });
@@ -231,14 +227,8 @@ void distill(Context& ctx, Student& student, const LayerSample& sample,
     neuron_activations(ctx, student.neurons, sample.x.slice(0, rows), h,
                        take(ctx, rows, student.neurons.n));
     Matrix c = take(ctx, rows, student.n_experts());
-    const std::vector<float> norm = expert_norms(student);
-    for (std::int64_t t = 0; t < rows; ++t) {
-      for (std::int64_t i = 0; i < c.cols; ++i) {
-        const std::int64_t neuron = student.plan.n_shared + i;
-        c.row(t)[i] = std::abs(h.row(t)[neuron] - student.mean[static_cast<std::size_t>(neuron)]) *
-                      norm[static_cast<std::size_t>(i)];
-      }
-    }
+    const std::vector<float> norm = down_norms(student.neurons);
+    for (std::int64_t t = 0; t < rows; ++t) contributions(student, norm, h.row(t), c.row(t));
     c_scale = weighted_variance(c, sample.weight);
   }
 

@@ -24,8 +24,9 @@ std::int64_t distill_steps(const DistillOptions& options, std::int64_t n_fit);
 /// Trains all of a student's parameters but μ on
 ///   L = Σ_t ω_t ‖y_t − ŷ_t‖² / Σ_t ω_t ‖y_t − ȳ‖² + auxiliary · Σ_t ω_t ‖c_t − R(x_t)‖² / Σ_t ω_t
 ///   ‖c_t − c̄‖²,
-/// hard top-k (no gradient through the selection), c_t,i = |a_i − μ_i| ‖w_down,i‖ of the student's
-/// own neurons at the start of each step, no gradient into it. Adam (Kingma & Ba 2015, β 0.9/0.999,
+/// hard top-k (no gradient through the selection), c_t of contributions() with the student's own
+/// neurons at the start of each step, of clones the winner's alone (leave_to_winners), no gradient
+/// into it. Adam (Kingma & Ba 2015, β 0.9/0.999,
 /// ε 1e-8), each parameter's step in units of that tensor's root mean square, so that one rate
 /// suits tensors of any scale. Deterministic for a seed and thread count. Throws Interrupted
 /// through monitor.check().

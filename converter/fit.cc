@@ -8,116 +8,15 @@
 
 #include "converter/linalg.h"
 #include "converter/rounding.h"
+#include "converter/tiles.h"
 #include "kernels/base/error.h"
 #include "kernels/linear.h"
 
 namespace moesaic::converter {
 namespace {
 
-// Rows that are worked on at a time: GEMMs are at full speed, and a tile of 1,536 neurons is 12 MB.
-constexpr std::int64_t kTile = 2048;
-
 // Columns of the Gram matrix per product: four products of five eighths of the work.
 constexpr std::int64_t kGramBlock = 544;
-
-// Rows that means, importances and the router are estimated from: a rank-64 map of 576 inputs is
-// well determined by them, and the activations need not be computed twice more for the rest.
-constexpr std::int64_t kRouterRows = 65536;
-
-std::span<float> take(Context& ctx, std::int64_t n) {
-  return ctx.workspace.take<float>(static_cast<std::size_t>(n));
-}
-
-Matrix take(Context& ctx, std::int64_t rows, std::int64_t cols) {
-  return {take(ctx, rows * cols).data(), rows, cols};
-}
-
-// Calls fn(first_row, x rows) for consecutive tiles of the fitted rows, each with workspace of its
-// own.
-template <class Fn>
-void for_tiles(Context& ctx, std::int64_t n_rows, Fn&& fn) {
-  for (std::int64_t first = 0; first < n_rows; first += kTile) {
-    const Workspace::Scope scope(ctx.workspace);
-    fn(first, std::min(kTile, n_rows - first));
-  }
-}
-
-// fn(row) for every row, split over the threads.
-template <class Fn>
-void parallel_rows(Context& ctx, std::int64_t n_rows, Fn&& fn) {
-  const int n_threads = ctx.pool.n_threads();
-  ctx.pool.run([&](int thread) {
-    const Range rows = split(n_rows, n_threads, thread);
-    for (std::int64_t r = rows.begin; r < rows.end; ++r) fn(r);
-  });
-}
-
-// sums[j] += Σ_t weight[t] · f(m[t, j]), each thread its own columns, in row order.
-template <class F>
-void add_columns(Context& ctx, ConstMatrix m, const float* weight, std::span<double> sums, F&& f) {
-  const int n_threads = ctx.pool.n_threads();
-  ctx.pool.run([&](int thread) {
-    const Range cols = split(m.cols, n_threads, thread, 16);
-    for (std::int64_t t = 0; t < m.rows; ++t) {
-      const float* row = m.row(t);
-      for (std::int64_t j = cols.begin; j < cols.end; ++j) {
-        sums[static_cast<std::size_t>(j)] += static_cast<double>(weight[t]) * f(row[j], j);
-      }
-    }
-  });
-}
-
-DMatrix to_double(ConstMatrix m) {
-  DMatrix out(m.rows, m.cols);
-  for (std::int64_t r = 0; r < m.rows; ++r) std::copy_n(m.row(r), m.cols, &out.at(r, 0));
-  return out;
-}
-
-AlignedBuffer<float> to_float(const DMatrix& m) {
-  AlignedBuffer<float> out(m.data.size());
-  std::transform(m.data.begin(), m.data.end(), out.begin(),
-                 [](double v) { return static_cast<float>(v); });
-  return out;
-}
-
-// What the selection and the router are fitted to: per neuron the weighted mean, and E[ω c²].
-struct NeuronMoments {
-  std::vector<double> mean;        // μ
-  std::vector<double> importance;  // E[ω (h − μ)²] ‖w_down‖²
-  std::vector<double> norm;        // ‖w_down‖
-};
-
-NeuronMoments neuron_moments(Context& ctx, const Neurons& teacher, const LayerSample& s) {
-  const auto n = static_cast<std::size_t>(teacher.n);
-  NeuronMoments m{std::vector<double>(n), std::vector<double>(n), std::vector<double>(n)};
-  std::vector<double> square(n);
-  double total = 0;
-  for_tiles(ctx, std::min(kRouterRows, s.n_fit), [&](std::int64_t first, std::int64_t rows) {
-    Matrix h = take(ctx, rows, teacher.n);
-    neuron_activations(ctx, teacher, s.x.slice(first, rows), h, take(ctx, rows, teacher.n));
-    const float* w = s.weight.data() + first;
-    add_columns(ctx, h, w, m.mean, [](float v, std::int64_t) { return static_cast<double>(v); });
-    add_columns(ctx, h, w, square,
-                [](float v, std::int64_t) { return static_cast<double>(v) * v; });
-    total = std::accumulate(w, w + rows, total);
-  });
-  for (std::size_t i = 0; i < n; ++i) {
-    const float* down = teacher.down().row(static_cast<std::int64_t>(i));
-    m.norm[i] = std::sqrt(std::inner_product(down, down + teacher.d_model, down, 0.0));
-    m.mean[i] /= total;
-    m.importance[i] =
-        std::max(0.0, square[i] / total - m.mean[i] * m.mean[i]) * m.norm[i] * m.norm[i];
-  }
-  return m;
-}
-
-AlignedBuffer<float> gather_rows(ConstMatrix src, std::span<const std::int32_t> rows) {
-  AlignedBuffer<float> out(rows.size() * static_cast<std::size_t>(src.cols));
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    std::copy_n(src.row(rows[i]), src.cols, out.data() + static_cast<std::int64_t>(i) * src.cols);
-  }
-  return out;
-}
 
 // φ of fit_outputs for a tile: activations in place, experts' part centred and masked.
 void masked_features(Context& ctx, const Student& s, ConstMatrix x, Matrix phi) {
@@ -130,7 +29,9 @@ void masked_features(Context& ctx, const Student& s, ConstMatrix x, Matrix phi) 
     float* row = phi.row(t) + n_shared;
     const float* m = mask.row(t);
     const float* mean = s.mean.data() + n_shared;
-    for (std::int64_t i = 0; i < s.n_experts(); ++i) row[i] = m[i] * (row[i] - mean[i]);
+    for (std::int64_t e = 0; e < s.n_experts(); ++e) {
+      for (std::int64_t j = 0; j < s.plan.block; ++j, ++row, ++mean) *row = m[e] * (*row - *mean);
+    }
   });
 }
 
@@ -141,111 +42,6 @@ LayerSample LayerSample::held_out() const {
   out.x = x.slice(n_fit, x.rows - n_fit);
   out.y = y.slice(n_fit, y.rows - n_fit);
   out.weight = weight.subspan(static_cast<std::size_t>(n_fit));
-  return out;
-}
-
-Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSample& s,
-                           const LayerPlan& plan, double ridge) {
-  const std::int64_t d = teacher.d_model;
-  const std::int64_t n_experts = teacher.n - plan.n_shared;
-  require<InputError>(
-      plan.n_shared >= 0 && n_experts >= 1 && plan.n_active >= 0 && plan.n_active <= n_experts,
-      "plan: {} shared and {} of {} experts do not fit {} neurons", plan.n_shared, plan.n_active,
-      n_experts, teacher.n);
-  const NeuronMoments moments = neuron_moments(ctx, teacher, s);
-
-  Student out;
-  out.plan = plan;
-  out.origin.resize(static_cast<std::size_t>(teacher.n));
-  std::iota(out.origin.begin(), out.origin.end(), 0);
-  std::stable_sort(out.origin.begin(), out.origin.end(), [&](std::int32_t a, std::int32_t b) {
-    return moments.importance[static_cast<std::size_t>(a)] >
-           moments.importance[static_cast<std::size_t>(b)];
-  });
-  out.neurons.phi = teacher.phi;
-  out.neurons.d_model = d;
-  out.neurons.n = teacher.n;
-  out.neurons.w_gate = gather_rows(teacher.gate(), out.origin);
-  out.neurons.w_up = gather_rows(teacher.up(), out.origin);
-  out.neurons.w_down = gather_rows(teacher.down(), out.origin);
-  out.mean = AlignedBuffer<float>(static_cast<std::size_t>(teacher.n));
-  std::vector<float> norm(static_cast<std::size_t>(n_experts));
-  for (std::int64_t i = 0; i < n_experts; ++i) {
-    const auto neuron =
-        static_cast<std::size_t>(out.origin[static_cast<std::size_t>(plan.n_shared + i)]);
-    out.mean[static_cast<std::size_t>(plan.n_shared + i)] =
-        static_cast<float>(moments.mean[neuron]);
-    norm[static_cast<std::size_t>(i)] = static_cast<float>(moments.norm[neuron]);
-  }
-
-  // Router: weighted reduced-rank regression of c = |h − μ| ‖w_down‖ on x, both about their
-  // weighted means.
-  const auto ud = static_cast<std::size_t>(d);
-  const auto ue = static_cast<std::size_t>(n_experts);
-  AlignedBuffer<float> xx(ud * ud);
-  AlignedBuffer<float> xc(ud * ue);
-  std::vector<double> x_mean(ud);
-  std::vector<double> c_mean(ue);
-  const std::int64_t n_rows = std::min(kRouterRows, s.n_fit);
-  const double total = std::accumulate(s.weight.begin(), s.weight.begin() + n_rows, 0.0);
-  const auto same = [](float v, std::int64_t) { return static_cast<double>(v); };
-  add_columns(ctx, s.x.slice(0, n_rows), s.weight.data(), x_mean, same);
-  for (double& m : x_mean) m /= total;
-  // Centred before they are multiplied: an input whose mean is large would else leave a difference
-  // of large numbers, rounded, that is no covariance.
-  for_tiles(ctx, n_rows, [&](std::int64_t first, std::int64_t rows) {
-    Matrix h = take(ctx, rows, teacher.n);
-    Matrix c = take(ctx, rows, n_experts);
-    Matrix xw = take(ctx, rows, d);
-    const ConstMatrix x = s.x.slice(first, rows);
-    const float* w = s.weight.data() + first;
-    neuron_activations(ctx, out.neurons, x, h, take(ctx, rows, teacher.n));
-    parallel_rows(ctx, rows, [&](std::int64_t t) {
-      const float* row = h.row(t) + plan.n_shared;
-      const float* mean = out.mean.data() + plan.n_shared;
-      const float root = std::sqrt(w[t]);
-      for (std::int64_t i = 0; i < n_experts; ++i) {
-        c.row(t)[i] = root * std::abs(row[i] - mean[i]) * norm[static_cast<std::size_t>(i)];
-      }
-      for (std::int64_t i = 0; i < d; ++i) {
-        xw.row(t)[i] =
-            root * (x.row(t)[i] - static_cast<float>(x_mean[static_cast<std::size_t>(i)]));
-      }
-    });
-    kernels::gemm(ctx, true, false, 1, xw, xw, 1, {xx.data(), d, d});
-    kernels::gemm(ctx, true, false, 1, xw, c, 1, {xc.data(), d, n_experts});
-    // √ω was multiplied in once already: the sums of ω c need it once more.
-    auto root = take(ctx, rows);
-    std::transform(w, w + rows, root.begin(), [](float v) { return std::sqrt(v); });
-    add_columns(ctx, c, root.data(), c_mean, same);
-  });
-  DMatrix dxx = to_double({xx.data(), d, d});
-  DMatrix dxc = to_double({xc.data(), d, n_experts});
-  // Inputs are known to float32's precision: where they do not vary beyond it, there is nothing to
-  // regress on.
-  const double floor =
-      1e-6 * total * std::inner_product(x_mean.begin(), x_mean.end(), x_mean.begin(), 0.0);
-  for (std::int64_t i = 0; i < d; ++i) dxx.at(i, i) += floor / static_cast<double>(d);
-  for (std::size_t j = 0; j < ue; ++j) c_mean[j] /= total;
-  const LowRank router =
-      reduced_rank_regression(std::move(dxx), std::move(dxc), plan.router_rank, ridge);
-  out.router_v = to_float(router.v);
-  out.router_u = to_float(router.u);
-  out.router_bias = AlignedBuffer<float>(ue);
-  std::vector<double> vx(static_cast<std::size_t>(plan.router_rank));
-  for (std::int64_t r = 0; r < plan.router_rank; ++r) {
-    vx[static_cast<std::size_t>(r)] = std::inner_product(
-        x_mean.begin(), x_mean.end(), &router.v.data[static_cast<std::size_t>(r * d)], 0.0);
-  }
-  for (std::int64_t j = 0; j < n_experts; ++j) {
-    const auto uj = static_cast<std::size_t>(j);
-    out.router_bias[uj] = static_cast<float>(
-        c_mean[uj] - std::inner_product(vx.begin(), vx.end(),
-                                        router.u.data.begin() + j * plan.router_rank, 0.0));
-  }
-  out.bypass_q = AlignedBuffer<float>(static_cast<std::size_t>(plan.bypass_rank) * ud);
-  out.bypass_p = AlignedBuffer<float>(static_cast<std::size_t>(plan.bypass_rank) * ud);
-  out.bias = AlignedBuffer<float>(ud);
   return out;
 }
 

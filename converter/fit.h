@@ -19,13 +19,6 @@ struct LayerSample {
   LayerSample held_out() const;
 };
 
-/// Steps 2 and 3 of the recipe (DESIGN.md section 2): orders the teacher's neurons by E[ω c²],
-/// c_i = |h_i − μ_i| · ‖w_down,i‖, the largest n_shared shared; reduced-rank regression of c on x
-/// for the router. ω is used throughout; μ is the ω-weighted mean. Down rows are the teacher's;
-/// bias and bypass are left zero (fit_outputs sets them).
-Student start_from_neurons(Context& ctx, const Neurons& teacher, const LayerSample& sample,
-                           const LayerPlan& plan, double ridge);
-
 /// Step 4, widened: given the selection of the student's router, the down rows of all neurons, the
 /// bias and the rank-q bypass that together minimise
 ///   Σ_t ω_t ‖y_t − b − W_downᵀ φ_t − P Q x_t‖² + ridge ‖W_down − W_start‖²,

@@ -86,10 +86,15 @@ std::string lead(const ConvertReport& report, const Totals& t) {
         "and neurons that always run. {}, router and gate counted.",
         t.converted, report.layers.size(), cost);
   }
+  std::int64_t neurons = 1;
+  for (const LayerReport& l : report.layers) neurons = std::max(neurons, l.expert_neurons);
   return fmt::format(
-      "{} of {} dense MLPs became a secret mixture of experts: single neurons, of which a low-rank "
+      "{} of {} dense MLPs became a secret mixture of experts: {}, of which a low-rank "
       "router picks a few for each token. {}, router and bypass counted.",
-      t.converted, report.layers.size(), cost);
+      t.converted, report.layers.size(),
+      neurons == 1 ? "single neurons"
+                   : fmt::format("blocks of {} neurons that fire together", neurons),
+      cost);
 }
 
 std::string self_routed_sections(const ConvertReport& report) {

@@ -47,9 +47,11 @@ std::string low_rank_table(const ConvertReport& report, const Totals& t) {
       out += fmt::format(
           "<tr><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td>"
           "<td>{}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>\n",
-          l.layer, escape_html(l.kind), l.n_shared, l.n_experts, l.n_active, l.router_rank,
-          l.bypass_rank, percent(l.active_fraction), fixed(l.sensitivity, 4),
-          fixed(l.error_closed_form, 4), fixed(l.error_distilled, 4),
+          l.layer, escape_html(l.kind), l.n_shared,
+          l.expert_neurons == 1 ? std::to_string(l.n_experts)
+                                : fmt::format("{} × {}", l.n_experts, l.expert_neurons),
+          l.n_active, l.router_rank, l.bypass_rank, percent(l.active_fraction),
+          fixed(l.sensitivity, 4), fixed(l.error_closed_form, 4), fixed(l.error_distilled, 4),
           l.expert_usage.empty() ? "–" : std::to_string(never_selected(l)));
     } else {
       out += fmt::format(

@@ -5,6 +5,7 @@
 
 #include "converter/divergence.h"
 #include "converter/fit.h"
+#include "converter/start.h"
 #include "converter/stream.h"
 
 namespace moesaic::converter {
@@ -50,8 +51,8 @@ std::vector<float> token_weights(models::Transformer& model, int layer, ConstMat
 
 std::vector<double> measure_sensitivity(models::Transformer& model,
                                         std::span<const std::int32_t> tokens, std::int64_t n_ctx,
-                                        const LayerPlan& plan, const Recipe& recipe,
-                                        engine::Monitor& monitor) {
+                                        const LayerPlan& plan, const std::vector<bool>& wanted,
+                                        const Recipe& recipe, engine::Monitor& monitor) {
   Context& ctx = model.context();
   const models::Checkpoint& checkpoint = model.checkpoint();
   const int n_layers = model.config().n_layers;
@@ -76,13 +77,20 @@ std::vector<double> measure_sensitivity(models::Transformer& model,
     monitor.check();
     const models::Mlp& mlp = checkpoint.layers[static_cast<std::size_t>(l)].mlp;
     fit.attention(l);
+    judge.attention(l);
+    if (!wanted[static_cast<std::size_t>(l)]) {
+      fit.mlp(l, mlp);
+      judge.pass(l);
+      out.push_back(0);
+      monitor.advance(l + 1, "");
+      continue;
+    }
     fit.mlp_input(l, mx);
     forward_rows(ctx, mlp, mx, my);
     const std::vector<float> weight = token_weights(model, l, fit.r(), my);
     LayerSample sample{mx, my, weight, fit.n_tokens()};
     const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp),
                                    fmt::format("{}: blk.{}", checkpoint.file->path().string(), l));
-    judge.attention(l);
     judge.dense().mlp_input(l, mxj);
     Student student = start_from_neurons(ctx, teacher, sample, plan, recipe.router_ridge);
     fit_outputs(ctx, student, sample, recipe.router_ridge, recipe.output_ridge, DType::F32);

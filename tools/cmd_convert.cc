@@ -45,8 +45,8 @@ std::filesystem::path with_suffix(std::filesystem::path path, const char* suffix
 using Rows = std::vector<std::vector<std::string>>;
 
 Rows routed_rows(const converter::ConvertReport& report) {
-  Rows rows = {{"layer", "kind", "shared", "experts", "selected", "router rank", "bypass rank",
-                "active", "closed form", "distilled"}};
+  Rows rows = {{"layer", "kind", "shared", "experts", "neurons each", "selected", "router rank",
+                "bypass rank", "active", "closed form", "distilled"}};
   for (const converter::LayerReport& layer : report.layers) {
     const bool dense = layer.kind == "dense";
     const auto count = [dense](std::int64_t n) { return dense ? "" : std::to_string(n); };
@@ -54,9 +54,10 @@ Rows routed_rows(const converter::ConvertReport& report) {
       return dense || std::isnan(v) ? "" : fmt::format("{:.4f}", v);
     };
     rows.push_back({std::to_string(layer.layer), layer.kind, count(layer.n_shared),
-                    count(layer.n_experts), count(layer.n_active), count(layer.router_rank),
-                    count(layer.bypass_rank), fmt::format("{:.3f}", layer.active_fraction),
-                    error(layer.error_closed_form), error(layer.error_distilled)});
+                    count(layer.n_experts), count(layer.expert_neurons), count(layer.n_active),
+                    count(layer.router_rank), count(layer.bypass_rank),
+                    fmt::format("{:.3f}", layer.active_fraction), error(layer.error_closed_form),
+                    error(layer.error_distilled)});
   }
   return rows;
 }
@@ -192,14 +193,21 @@ void add_convert(CLI::App& app, Action& action) {
   cmd->add_option("--tokens", convert_options.tokens, "Calibration tokens (default: the recipe's)")
       ->check(integer_between(1, std::int64_t{1} << 40));
   cmd->add_option("--experts", convert_options.n_experts,
-                  "Experts of paper, peer, sgatlin (default: the first square from twice the dense "
-                  "MLP's neurons on); a square for product keys")
+                  "Experts of a layer. low-rank: more than the dense MLP's neurons make are clones "
+                  "of these, for other tokens (default: none); paper, peer, sgatlin: a square for "
+                  "product keys (default: the first from twice the dense MLP's neurons on)")
       ->check(integer_between(1, std::int64_t{1} << 24));
-  cmd->add_option("--passes", convert_options.passes,
-                  "Their training's passes over the activations (default 3; the papers' 100)")
+  cmd->add_option("--block", convert_options.block,
+                  "Neurons of an expert of low-rank, contiguous; those that fire together")
+      ->check(integer_between(1, std::int64_t{1} << 24))
+      ->capture_default_str();
+  cmd->add_option(
+         "--passes", convert_options.passes,
+         "Passes over the activations of paper, peer, sgatlin (default 3; the papers' 100)")
       ->check(finite_between(0.001, 1e6));
   cmd->add_option("--layers", options->layers,
-                  "Layers that they replace, as 3,5-8; the others stay dense (default: all)")
+                  "Layers that low-rank, paper, peer, sgatlin convert, as 3,5-8; the others stay "
+                  "dense (default: all)")
       ->check(CLI::Validator(
           [](std::string& found) {
             return parse_layers(found) ? std::string()

@@ -117,7 +117,7 @@ void pack_secret_moes(Context& ctx, Hybrid<Bfloat16>& model, const models::Check
     round_inputs_to(ctx, student, moment_factor(own.xx, s.d_model), dtype, view.router_v.dtype);
     round_outputs(ctx, {student.neurons.w_down.data(), s.n_neurons(), s.d_model},
                   moment_factor(own.ff, s.n_neurons()), dtype);
-    packed[i].second = pack(student, dtype, view.router_v.dtype);
+    packed[i].second = std::get<models::PackedSecretMoe>(pack(student, dtype, view.router_v.dtype));
     monitor.advance(++done, "");
   }
   for (const auto& [i, own] : moments) {

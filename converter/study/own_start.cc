@@ -8,6 +8,7 @@
 #include "converter/distill.h"
 #include "converter/fit.h"
 #include "converter/recipe.h"
+#include "converter/start.h"
 
 namespace moesaic::converter::study {
 
@@ -16,7 +17,7 @@ std::optional<LayerPlan> own_plan(std::int64_t d_model, std::int64_t d_ff,
   const double dense = 3.0 * static_cast<double>(d_model) * static_cast<double>(d_ff);
   const double fraction = static_cast<double>(multiply_adds) / dense;
   if (fraction >= 0.95) return std::nullopt;
-  const Recipe& recipe = find_recipe("fast");
+  const Recipe& recipe = find_recipe("low-rank");
   const double share = std::min(1.0, fraction / 0.3);
   const auto scaled = [&](double full) { return static_cast<std::int64_t>(full * share + 0.5); };
   const double most = static_cast<double>(std::max<std::int64_t>(8, d_model / 8));
@@ -36,7 +37,7 @@ std::optional<LayerPlan> own_plan(std::int64_t d_model, std::int64_t d_ff,
 OwnStart own_start(Context& ctx, const Neurons& teacher, const LayerData& data,
                    const LayerPlan& plan, double passes, std::uint64_t seed,
                    engine::Monitor& monitor) {
-  const Recipe& recipe = find_recipe("fast");
+  const Recipe& recipe = find_recipe("low-rank");
   // The teacher of the normalised outputs.
   Neurons scaled{teacher.phi,
                  teacher.d_model,

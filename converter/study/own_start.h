@@ -26,7 +26,7 @@ std::optional<LayerPlan> own_plan(std::int64_t d_model, std::int64_t d_ff,
                                   std::int64_t multiply_adds);
 
 /// Fits it on the fitted rows and judges on the held-out ones. `passes` of distillation with the
-/// recipe "fast" otherwise; 0: closed form only. Throws Interrupted.
+/// recipe "low-rank" otherwise; 0: closed form only. Throws Interrupted.
 OwnStart own_start(Context& ctx, const Neurons& teacher, const LayerData& data,
                    const LayerPlan& plan, double passes, std::uint64_t seed,
                    engine::Monitor& monitor);

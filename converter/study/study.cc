@@ -233,7 +233,7 @@ class Runner {
       return starts_.back();
     }
     monitor_.job(shares_.done(), shares_.after(expected));
-    DistillOptions distill = find_recipe("fast").distill;
+    DistillOptions distill = find_recipe("low-rank").distill;
     distill.passes = options_.own_passes;
     monitor_.stage(name, std::max<std::int64_t>(1, distill_steps(distill, data.n_fit)));
     starts_.push_back(

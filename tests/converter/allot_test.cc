@@ -33,6 +33,35 @@ TEST(PlanForFraction, NeverExceedsTheFraction) {
   }
 }
 
+TEST(PlanForFraction, BlocksAndClonesAreCounted) {
+  PlanShape shape = kSmolLm2;
+  shape.block = 16;
+  LayerPlan plan = plan_for_fraction(shape, 0.5);
+  EXPECT_EQ(n_experts(plan, 1536), 88);
+  // 128 + 16 k neurons, a router of 64 · (576 + 88), a bypass of 2 · 64 · 576.
+  const auto fraction = [](std::int64_t neurons, std::int64_t experts) {
+    return static_cast<double>(3 * 576 * neurons + 64 * (576 + experts) + 2 * 64 * 576) /
+           (3.0 * 576 * 1536);
+  };
+  EXPECT_DOUBLE_EQ(active_fraction(plan, 576, 1536), fraction(128 + 16 * plan.n_active, 88));
+  EXPECT_LE(active_fraction(plan, 576, 1536), 0.5);
+  EXPECT_GT(fraction(128 + 16 * (plan.n_active + 1), 88), 0.5);
+
+  shape.block = 1;
+  shape.n_clones = 1664;
+  plan = plan_for_fraction(shape, 0.5);
+  EXPECT_EQ(n_experts(plan, 1536), 3072);
+  EXPECT_DOUBLE_EQ(active_fraction(plan, 576, 1536), fraction(128 + plan.n_active, 3072));
+  EXPECT_LE(active_fraction(plan, 576, 1536), 0.5);
+  EXPECT_GT(fraction(128 + plan.n_active + 8, 3072), 0.5);
+
+  shape.n_clones = 100000;  // the router alone costs more
+  EXPECT_THROW(plan_for_fraction(shape, 0.5), InputError);
+  shape.n_clones = 0;
+  shape.block = 704;  // one of two experts does not fit
+  EXPECT_THROW(plan_for_fraction(shape, 0.5), InputError);
+}
+
 TEST(PlanForFraction, OneIsDense) { EXPECT_TRUE(plan_for_fraction(kSmolLm2, 1.0).dense); }
 
 TEST(PlanForFraction, NoRoomForExpertsThrows) {

@@ -155,5 +155,16 @@ TEST(EstimateOutputBytes, FormatThatCannotBeWrittenGrows) {
             2 * 3 * 64 * 96 * 2);
 }
 
+// Of clones: three rows each, a row of the router, a mean and a score's bias.
+TEST(EstimateOutputBytes, NeuronsMoreThanTheMlpsGrow) {
+  const models::TinyModel q8({.n_layers = 2, .dtype = DType::Q8_0});
+  const auto file = models::GgufFile::open(q8.path);
+  const auto estimate = [&](std::int64_t more) {
+    return estimate_output_bytes(*file, DType::Q8_0, DType::Q8_0, more);
+  };
+  EXPECT_EQ(estimate(0), estimate_output_bytes(*file, DType::Q8_0, DType::Q8_0));
+  EXPECT_GE(estimate(100) - estimate(0), 2 * 100 * (3 * 68 + 17 + 8));
+}
+
 }  // namespace
 }  // namespace moesaic::converter

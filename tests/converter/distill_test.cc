@@ -4,6 +4,7 @@
 
 #include <random>
 
+#include "converter/start.h"
 #include "kernels/base/error.h"
 #include "tests/converter/layer_case.h"
 
@@ -21,10 +22,10 @@ double error_of(LayerCase& c, const Student& student) {
 // Every parameter's gradient against the slope of the loss. The auxiliary target is held fixed by
 // the definition, so each term is checked for the parameters that it trains: the output loss for
 // the neurons, the auxiliary for the router.
-void check_gradients(kernels::Activation phi) {
+void check_gradients(kernels::Activation phi, std::int64_t block = 1, std::int64_t n_clones = 0) {
   LayerCase c(24, 8, 12, phi);
-  Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 8, 8, 4},
-                                 1e-3);  // all selected: no jumps
+  const LayerPlan plan{false, 4, 8 / block + n_clones, 8, 4, block, n_clones};
+  Student s = start_from_neurons(c.ctx, c.teacher, c.sample, plan, 1e-3);  // all selected: no jumps
   // Away from the optimum, where every slope is large against the rounding of the loss.
   std::mt19937_64 rng(3);
   std::normal_distribution<float> normal;
@@ -70,6 +71,44 @@ TEST(StudentGradients, EqualFiniteDifferencesSilu) { check_gradients(kernels::Ac
 TEST(StudentGradients, EqualFiniteDifferencesGelu) {
   check_gradients(kernels::Activation::GeluTanh);
 }
+TEST(StudentGradients, EqualFiniteDifferencesBlocks) {
+  check_gradients(kernels::Activation::Silu, 4);
+}
+TEST(StudentGradients, EqualFiniteDifferencesClones) {
+  check_gradients(kernels::Activation::Silu, 1, 5);
+}
+TEST(StudentGradients, EqualFiniteDifferencesClonesOfBlocks) {
+  check_gradients(kernels::Activation::GeluTanh, 2, 4);
+}
+
+// The router is asked for the winner's contribution and for nothing of its clones.
+TEST(StudentGradients, AuxiliaryLossAsksOneOfEachFamily) {
+  LayerCase c(40, 8, 12, kernels::Activation::Silu);
+  const Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 3, 8, 0, 1, 8}, 1e-3);
+  StudentGradients g = make_gradients(s);
+  student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, 1, 1, 1, g);
+  AlignedBuffer<float> scores(40 * 16);
+  const Matrix m(scores.data(), 40, 16);
+  router_scores(c.ctx, s, c.sample.x, m);
+  const std::vector<float> norm = down_norms(s.neurons);
+  double loss = 0;
+  double total = 0;
+  for (std::int64_t t = 0; t < 40; ++t) {
+    total += c.weight[static_cast<std::size_t>(t)];
+    for (std::int64_t e = 0; e < 8; ++e) {  // clone e + 8 of expert e
+      const double centred = LayerCase::activation(s.neurons, 4 + e, c.sample.x.row(t)) -
+                             s.mean[static_cast<std::size_t>(4 + e)];
+      const double target = std::abs(centred) * norm[static_cast<std::size_t>(4 + e)];
+      const double first = m.row(t)[e];
+      const double second = m.row(t)[e + 8];
+      const double higher = std::max(first, second);
+      const double lower = std::min(first, second);
+      loss += c.weight[static_cast<std::size_t>(t)] *
+              ((higher - target) * (higher - target) + lower * lower);
+    }
+  }
+  EXPECT_NEAR(g.auxiliary_loss, loss / total, 1e-4 * loss / total);
+}
 
 TEST(StudentGradients, UnselectedExpertsGetNone) {
   LayerCase c(16, 8, 12, kernels::Activation::Silu);
@@ -84,9 +123,9 @@ TEST(StudentGradients, UnselectedExpertsGetNone) {
 }
 
 TEST(Distill, LowersTheHeldOutErrorAndRepeats) {
-  const auto run = [](std::uint64_t seed) {
+  const auto run = [](std::uint64_t seed, const LayerPlan& plan = {false, 8, 12, 8, 4}) {
     LayerCase c(6000, 16, 48, kernels::Activation::Silu);
-    Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 8, 12, 8, 4}, 1e-3);
+    Student s = start_from_neurons(c.ctx, c.teacher, c.sample, plan, 1e-3);
     fit_outputs(c.ctx, s, c.sample, 1e-6, 1e-3, DType::F32);
     const double before = error_of(c, s);
     engine::Monitor monitor;
@@ -102,6 +141,13 @@ TEST(Distill, LowersTheHeldOutErrorAndRepeats) {
   const auto first = run(1);
   EXPECT_EQ(first, run(1));
   EXPECT_NE(first, run(2));
+  run(1, {false, 8, 4, 8, 4, 4});  // blocks
+  // Clones start alike and end apart.
+  const auto cloned = run(1, {false, 8, 12, 8, 4, 1, 40});
+  ASSERT_EQ(cloned.size(), 88U * 16U);
+  double apart = 0;
+  for (std::size_t i = 0; i < 40 * 16; ++i) apart += std::abs(cloned[128 + i] - cloned[768 + i]);
+  EXPECT_GT(apart, 0.1);
 }
 
 TEST(Distill, StopsWhenAsked) {

@@ -2,10 +2,8 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
-#include <numeric>
-
 #include "converter/rounding.h"
+#include "converter/start.h"
 #include "tests/converter/layer_case.h"
 
 namespace moesaic::converter {
@@ -16,69 +14,6 @@ double error_of(LayerCase& c, const Student& student, const LayerSample& sample)
   const Matrix y(out.data(), sample.x.rows, sample.x.cols);
   student_forward(c.ctx, student, sample.x, y);
   return relative_error(sample, y);
-}
-
-// All neurons shared or selected: the student is the teacher.
-TEST(StartFromNeurons, EveryExpertSelectedIsTheTeacher) {
-  LayerCase c(400, 16, 24, kernels::Activation::Silu);
-  const LayerPlan plan{false, 8, 16, 8, 0};
-  Student s = start_from_neurons(c.ctx, c.teacher, c.sample, plan, 1e-4);
-  // μ of the experts is subtracted by the runtime; what it leaves out belongs in the bias.
-  for (std::int64_t i = 0; i < s.neurons.n; ++i) {
-    for (std::int64_t j = 0; j < 16; ++j) {
-      s.bias[static_cast<std::size_t>(j)] +=
-          s.mean[static_cast<std::size_t>(i)] * s.neurons.down().row(i)[j];
-    }
-  }
-  EXPECT_LT(error_of(c, s, c.sample), 1e-9);
-}
-
-TEST(StartFromNeurons, OrderIsAPermutationByImportanceAndSharedHaveNoMean) {
-  LayerCase c(400, 16, 24, kernels::Activation::GeluTanh);
-  // One neuron made dominant must come first.
-  for (std::int64_t j = 0; j < 16; ++j)
-    c.teacher.w_down[static_cast<std::size_t>(17 * 16 + j)] *= 50;
-  const Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 8, 8, 8}, 1e-4);
-  EXPECT_EQ(s.origin[0], 17);
-  std::vector<std::int32_t> sorted = s.origin;
-  std::sort(sorted.begin(), sorted.end());
-  std::vector<std::int32_t> all(24);
-  std::iota(all.begin(), all.end(), 0);
-  EXPECT_EQ(sorted, all);
-  for (std::size_t i = 0; i < 4; ++i) EXPECT_EQ(s.mean[i], 0);
-}
-
-// At full rank, with enough data, the router's scores are the weighted least-squares fit: residuals
-// are uncorrelated with the inputs and average to zero.
-TEST(StartFromNeurons, FullRankRouterLeavesResidualsOrthogonalToInputs) {
-  LayerCase c(600, 8, 12, kernels::Activation::Silu);
-  const LayerPlan plan{false, 2, 4, 8, 0};
-  const Student s = start_from_neurons(c.ctx, c.teacher, c.sample, plan, 0);
-  for (std::int64_t e = 0; e < s.n_experts(); ++e) {
-    std::vector<double> moment(9);
-    double scale = 0;
-    const std::int64_t neuron = plan.n_shared + e;
-    double norm = 0;
-    for (int j = 0; j < 8; ++j) norm += std::pow(s.neurons.down().row(neuron)[j], 2);
-    for (std::int64_t t = 0; t < c.sample.n_fit; ++t) {
-      const float* x = c.sample.x.row(t);
-      double score = s.router_bias[static_cast<std::size_t>(e)];
-      for (int r = 0; r < 8; ++r) {
-        double z = 0;
-        for (int j = 0; j < 8; ++j)
-          z += static_cast<double>(s.router_v[static_cast<std::size_t>(r * 8 + j)]) * x[j];
-        score += z * s.router_u[static_cast<std::size_t>(e * 8 + r)];
-      }
-      const double target = std::abs(LayerCase::activation(s.neurons, neuron, x) -
-                                     s.mean[static_cast<std::size_t>(neuron)]) *
-                            std::sqrt(norm);
-      const double gap = c.weight[static_cast<std::size_t>(t)] * (target - score);
-      moment[8] += gap;
-      for (std::size_t j = 0; j < 8; ++j) moment[j] += gap * x[j];
-      scale += c.weight[static_cast<std::size_t>(t)] * target;
-    }
-    for (const double m : moment) EXPECT_NEAR(m / scale, 0, 1e-4);
-  }
 }
 
 TEST(FitOutputs, NeverWorseThanTheStartAndBypassHelps) {

@@ -106,7 +106,7 @@ TEST_F(ConvertPaper, WhatDoesNotFitIsRefused) {
   refused("peer", {"--layers", "x"}, 2, "--layers");
   refused("paper", {"--experts", "100000"}, 1, "does not pay for the router of 100000 experts");
   refused("fast", {"--layers", "1"}, 1, "--layers");
-  refused("low-rank", {"--experts", "100"}, 1, "--experts");
+  refused("best", {"--experts", "100"}, 1, "--experts: the recipe \"best\" makes no use of it");
   refused("sgatlin", {"--plan", "plan.json"}, 1, "--plan");
   refused("sgatlin", {"--expert-type", "Q4_K"}, 1, "--expert-type: Q4_K cannot hold rows of 64");
 }

@@ -65,6 +65,18 @@ TEST(OwnPlan, CostsNoMoreThanTheRowAndLeavesLittleUnused) {
   EXPECT_FALSE(own_plan(640, 2048, 100));  // not even a neuron
 }
 
+// Ours are the sizes of the recipe that makes such layers.
+TEST(OwnPlan, HasTheSizesOfTheLowRankRecipe) {
+  const std::int64_t half = 3 * 576 * 1536 / 2;
+  const auto plan = own_plan(576, 1536, half);
+  ASSERT_TRUE(plan);
+  EXPECT_EQ(plan->n_shared, 128);
+  EXPECT_EQ(plan->router_rank, 64);
+  EXPECT_EQ(plan->bypass_rank, 64);
+  EXPECT_LE(active_fraction(*plan, 576, 1536), 0.5);
+  EXPECT_GT(active_fraction(*plan, 576, 1536), 0.499);
+}
+
 TEST(OwnStart, BeatsTheMeanAndDistillationHelps) {
   StudyCase c(1);
   engine::Monitor monitor;
