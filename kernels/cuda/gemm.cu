@@ -30,7 +30,10 @@ __device__ void store_bf16(__nv_bfloat16* to, std::int64_t n, const float* v) {
     }
     return;
   }
-  for (int i = 0; i < n; ++i) to[i] = __float2bfloat16_rn(v[i]);
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    if (i < n) to[i] = __float2bfloat16_rn(v[i]);
+  }
 }
 
 // Elements [first, first + n) of a matrix, whole blocks, as if it were one row. A warp a run.
@@ -44,6 +47,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, min_blocks(kWarps))
   RowStream<Format>::run(w, (first + begin) / Format::kElems * Format::kBytes, min(kRun, n - begin),
                          staged + warp * RowStream<Format>::kSharedBytes, lane,
                          [&](std::int64_t c, std::int64_t left, const float(&v)[8]) {
+#pragma unroll
                            for (int i = 0; i < Format::kVectors; ++i) {
                              const int at = Format::column(lane, i);
                              store_bf16<Format::kWidth>(out + begin + c + at, left - at,

@@ -65,8 +65,8 @@ TEST_F(OnCudaDevice, LongPromptsAndDrawnTokensEqualTheCpus) {
     return gpu.json()["prompt_tokens"].get<int>();
   };
   EXPECT_GT(tokens(words(100), {"--temp", "0"}), 64);
-  tokens("the river", {"--seed", "5"});
-  tokens("the river", {"--seed", "6", "--temp", "1.2", "--repeat-penalty", "1.2"});
+  tokens("the river", {"--seed", "5", "--temp", "10", "--min-p", "0", "--top-p", "1"});
+  tokens("the river", {"--seed", "6", "--temp", "10", "--repeat-penalty", "1.2"});
 }
 
 TEST_F(OnCudaDevice, SequencesOfABatchEqualTheCpus) {

@@ -144,16 +144,20 @@ TEST_F(CudaDecoder, DrawsTheSamplersTokens) {
   for (std::size_t i = 0; i < requests.size(); ++i) {
     requests[i].prompt = random_ids(5 + 3 * i, i);
     requests[i].max_tokens = 24;
-    requests[i].sampling.temperature = i == 3 ? 0.0F : 0.7F + 0.2F * static_cast<float>(i);
+    // The likeliest token is far ahead of the others: hot, and without cuts by likelihood.
+    requests[i].sampling.temperature = i == 3 ? 0.0F : 10 + static_cast<float>(i);
+    requests[i].sampling.min_p = 0;
+    requests[i].sampling.top_p = 1;
     requests[i].sampling.seed = i;
   }
   requests[1].sampling.top_k = 0;
-  requests[2].sampling.top_p = 1;
+  requests[2].sampling.top_k = 5;
   const auto text = [](std::int32_t) { return std::string("."); };
   const auto expected = engine::generate(cpu, requests, text, {.n_parallel = 2});
   const auto found = engine::generate(gpu, requests, text, {.n_parallel = 2});
   for (std::size_t i = 0; i < requests.size(); ++i) {
     EXPECT_EQ(found[i].tokens, expected[i].tokens) << i;
+    EXPECT_EQ(found[i].tokens == greedy(cpu, requests[i].prompt, 24), i == 3) << i;
   }
 }
 
