@@ -18,7 +18,9 @@ namespace moesaic::models {
 /// Transformer on a GPU: weights, cache and activations in device memory, float32 activations and
 /// sums. A batch that wants logits of all its rows, as decode does, runs as one graph, which is
 /// captured when its shape first comes; the host waits once, for the logits. Other batches are
-/// queued kernel by kernel. Rows beyond 8 read the weights again for each 8.
+/// queued kernel by kernel. Rows beyond 8 read the weights again for each 8. Up to 64 rows all is
+/// float32; with more, secret-MoE layers go through tensor cores, their operands rounded to
+/// bfloat16.
 class CudaTransformer : public engine::Decoder {
  public:
   /// Copies the checkpoint's weights to GPU `device`. Throws DeviceError; ShapeError for d_model,
@@ -51,14 +53,14 @@ class CudaTransformer : public engine::Decoder {
 
     std::int64_t n_rows = 0, n_outputs = 0, max_positions = 0;
     std::shared_ptr<cuda::Arena> arena;
-    std::span<float> r, n, t, wanted;                  // [n_rows, d_model]
-    std::span<float> q, mixed;                         // [n_rows, n_heads · head_dim]
-    std::span<float> k, v;                             // [n_rows, n_kv_heads · head_dim]
-    std::span<float> gate, up;                         // [n_rows, d_ff]
-    std::span<float> logits;                           // [n_outputs, vocab_size]
-    std::span<std::int32_t> rows;                      // tokens, slots, positions: [3, n_rows]
-    std::span<std::int32_t> selected;                  // of one token and layer
-    std::span<std::byte> attention, moe, self_routed;  // workspaces
+    std::span<float> r, n, t, wanted;  // [n_rows, d_model]
+    std::span<float> q, mixed;         // [n_rows, n_heads · head_dim]
+    std::span<float> k, v;             // [n_rows, n_kv_heads · head_dim]
+    std::span<float> gate, up;         // [n_rows, d_ff]
+    std::span<float> logits;           // [n_outputs, vocab_size]
+    std::span<std::int32_t> rows;      // tokens, slots, positions: [3, n_rows]
+    std::span<std::int32_t> selected;  // of one layer: [rows at once, n_active]
+    std::span<std::byte> attention, moe, moe_batch, self_routed;  // workspaces
     cuda::PinnedBuffer<std::int32_t> host_rows;
     cuda::PinnedBuffer<float> host_logits;
   };
