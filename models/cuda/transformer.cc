@@ -10,6 +10,7 @@
 #include "kernels/cuda/base/device.h"
 #include "kernels/cuda/embedding.h"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/mixture.h"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/secret_moe.h"
@@ -30,12 +31,6 @@ std::shared_ptr<const Checkpoint> on_device(std::shared_ptr<const Checkpoint> ch
   for (const std::int64_t cols : {c.d_model, c.d_ff, std::int64_t{c.n_heads} * c.head_dim,
                                   std::int64_t{c.n_kv_heads} * c.head_dim}) {
     require<ShapeError>(cols % 4 == 0, "cuda: rows of {} elements, expected a multiple of 4", cols);
-  }
-  for (std::size_t i = 0; i < checkpoint->layers.size(); ++i) {
-    require<InputError>(
-        !std::holds_alternative<kernels::MixtureView>(checkpoint->layers[i].mlp),
-        "{}: layer {} is a mixture: expected dense, glu+low_rank or self-routed layers on CUDA",
-        checkpoint->file->path().string(), i);
   }
   cuda::use_device(device);
   return checkpoint;
@@ -68,7 +63,7 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
                                   std::int64_t rows_wanted, std::int64_t outputs_wanted,
                                   std::int64_t positions_wanted, const cuda::Stream& stream)
     : n_rows(rows_wanted), n_outputs(outputs_wanted), max_positions(positions_wanted) {
-  std::size_t moe_bytes = 0, moe_batch_bytes = 0, self_routed_bytes = 0;
+  std::size_t moe_bytes = 0, moe_batch_bytes = 0, self_routed_bytes = 0, mixture_bytes = 0;
   std::int64_t n_selected = 0;
   for (const LayerWeights& layer : weights.layers) {
     if (const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
@@ -79,6 +74,8 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
       n_selected = std::max(n_selected, moe->n_active);
     } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
       self_routed_bytes = std::max(self_routed_bytes, cuda::self_routed_workspace(*self));
+    } else if (const auto* general = std::get_if<kernels::MixtureView>(&layer.mlp)) {
+      mixture_bytes = std::max(mixture_bytes, cuda::mixture_workspace(*general));
     }
   }
   const cuda::AttentionShape shape{c.n_heads, 0, 0, max_positions};
@@ -101,6 +98,7 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
     take(rows, 3, n_rows);
     take(selected, n_rows > kGraphRows ? n_rows : 1, n_selected);
     take(attention, 1, static_cast<std::int64_t>(attention_bytes));
+    take(mixture, 1, static_cast<std::int64_t>(mixture_bytes));
     // Apart: each begins with counters that only its own kind of layer and path leaves fit for use.
     take(moe, 1, static_cast<std::int64_t>(moe_bytes));
     take(moe_batch, 1, static_cast<std::int64_t>(moe_batch_bytes));
@@ -109,8 +107,9 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
   divide();
   arena = std::make_shared<cuda::Arena>(bytes);
   divide();
-  for (const auto part : {moe, moe_batch, self_routed})
+  for (const auto part : {moe, moe_batch, self_routed}) {
     cuda::zero_bytes(part.data(), part.size(), stream);
+  }
   host_rows = cuda::PinnedBuffer<std::int32_t>(rows.size());
   host_logits = cuda::PinnedBuffer<float>(logits.size());
 }
@@ -274,6 +273,8 @@ void CudaTransformer::queue_mlp(int layer, std::int64_t n_rows) {
     cuda::linear({dense->w_down, gate, nullptr, t}, stream_);
   } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&w.mlp)) {
     cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
+  } else if (const auto* general = std::get_if<kernels::MixtureView>(&w.mlp)) {
+    cuda::mixture(*general, n, t, nullptr, nullptr, b.mixture.data(), stream_);
   } else {
     const auto& moe = std::get<kernels::SecretMoeView>(w.mlp);
     if (n_rows > kGraphRows) {

@@ -60,7 +60,7 @@ class CudaTransformer : public engine::Decoder {
     std::span<float> logits;           // [n_outputs, vocab_size]
     std::span<std::int32_t> rows;      // tokens, slots, positions: [3, n_rows]
     std::span<std::int32_t> selected;  // of one layer: [rows at once, n_active]
-    std::span<std::byte> attention, moe, moe_batch, self_routed;  // workspaces
+    std::span<std::byte> attention, mixture, moe, moe_batch, self_routed;  // workspaces
     cuda::PinnedBuffer<std::int32_t> host_rows;
     cuda::PinnedBuffer<float> host_logits;
   };
