@@ -6,7 +6,7 @@
 #include "kernels/cuda/base/column_panels.cuh"
 #include "kernels/cuda/base/last_block.cuh"
 #include "kernels/cuda/base/operands.h"
-#include "kernels/cuda/base/row_stream.cuh"
+#include "kernels/cuda/base/row_times.cuh"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/self_routed.h"
 
@@ -43,25 +43,6 @@ __device__ bool is_routed(const Thresholds& t, float a, std::int64_t i) {
 __device__ float kept_or_zero(const Thresholds& t, float a, float u, std::int64_t i) {
   const float h = __fmul_rn(a, u);
   return fabsf(h) >= t.hidden[i] ? h : 0.0f;
-}
-
-// w · x of a row in the file's format, in all lanes.
-template <class Format>
-__device__ float row_times(const WeightBytes& w, std::int64_t row, const float* x,
-                           std::int64_t cols, std::uint8_t* staged, int lane) {
-  float sum = 0;
-  RowStream<Format>::run(w, row * (cols / Format::kElems * Format::kBytes), cols, staged, lane,
-                         [&](std::int64_t c, std::int64_t left, const float(&values)[8]) {
-                           for (int v = 0; v < Format::kVectors; ++v) {
-                             const int at = Format::column(lane, v);
-                             float xs[Format::kWidth];
-                             load_floats<Format::kWidth>(x + c + at, left - at, xs);
-                             for (int i = 0; i < Format::kWidth; ++i) {
-                               sum = fmaf(values[Format::kWidth * v + i], xs[i], sum);
-                             }
-                           }
-                         });
-  return warp_sum(sum);
 }
 
 struct GateUp {

@@ -10,6 +10,7 @@
 #include "kernels/cuda/base/device.h"
 #include "kernels/cuda/embedding.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/mixture.h"
 #include "kernels/cuda/prompt_attention.h"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/rope.h"
@@ -33,12 +34,6 @@ std::shared_ptr<const Checkpoint> on_device(std::shared_ptr<const Checkpoint> ch
   const ModelConfig& c = checkpoint->config;
   for (const std::int64_t cols : {c.d_model, c.d_ff, std::int64_t{c.head_dim}}) {
     require<ShapeError>(cols % 4 == 0, "cuda: rows of {} elements, expected a multiple of 4", cols);
-  }
-  for (std::size_t i = 0; i < checkpoint->layers.size(); ++i) {
-    require<InputError>(
-        !std::holds_alternative<kernels::MixtureView>(checkpoint->layers[i].mlp),
-        "{}: layer {} is a mixture: expected dense, glu+low_rank or self-routed layers on CUDA",
-        checkpoint->file->path().string(), i);
   }
   cuda::use_device(device);
   return checkpoint;
@@ -89,13 +84,19 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
                                   std::int64_t rows_wanted, std::int64_t outputs_wanted,
                                   std::int64_t positions_wanted, const cuda::Stream& stream)
     : n_rows(rows_wanted), n_outputs(outputs_wanted), max_positions(positions_wanted) {
-  std::size_t moe_bytes = 0, self_routed_bytes = 0, n_selected = 0;
+  std::size_t moe_bytes = 0, moe_batch_bytes = 0, self_routed_bytes = 0, mixture_bytes = 0;
+  std::int64_t n_selected = 0;
   for (const LayerWeights& layer : weights.layers) {
     if (const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
       moe_bytes = std::max(moe_bytes, cuda::secret_moe_token_workspace(*moe));
-      n_selected = std::max(n_selected, static_cast<std::size_t>(moe->n_active));
+      if (n_rows > kGraphRows) {
+        moe_batch_bytes = std::max(moe_batch_bytes, cuda::secret_moe_batch_workspace(*moe, n_rows));
+      }
+      n_selected = std::max(n_selected, moe->n_active);
     } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
       self_routed_bytes = std::max(self_routed_bytes, cuda::self_routed_workspace(*self));
+    } else if (const auto* general = std::get_if<kernels::MixtureView>(&layer.mlp)) {
+      mixture_bytes = std::max(mixture_bytes, cuda::mixture_workspace(*general));
     }
   }
   const std::size_t gemm_bytes =
@@ -118,19 +119,23 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
     for (auto* part : {&gate, &up}) take(*part, n_rows, c.d_ff);
     take(logits, n_outputs, c.vocab_size);
     take(rows, 3, n_rows);
-    take(selected, 1, static_cast<std::int64_t>(n_selected));
+    take(selected, n_rows > kGraphRows ? n_rows : 1, n_selected);
     take(draws, n_outputs, 1);
     take(ids, n_outputs, 1);
     take(attention, 1, static_cast<std::int64_t>(attention_bytes));
     take(gemm, 1, static_cast<std::int64_t>(gemm_bytes));
-    // Apart: each begins with counters that only its own kind of layer leaves at zero.
+    take(mixture, 1, static_cast<std::int64_t>(mixture_bytes));
+    // Apart: each begins with counters that only its own kind of layer and path leaves fit for use.
     take(moe, 1, static_cast<std::int64_t>(moe_bytes));
+    take(moe_batch, 1, static_cast<std::int64_t>(moe_batch_bytes));
     take(self_routed, 1, static_cast<std::int64_t>(self_routed_bytes));
   };
   divide();
   arena = std::make_shared<cuda::Arena>(bytes);
   divide();
-  for (const auto part : {moe, self_routed}) cuda::zero_bytes(part.data(), part.size(), stream);
+  for (const auto part : {moe, moe_batch, self_routed}) {
+    cuda::zero_bytes(part.data(), part.size(), stream);
+  }
   host_rows = cuda::PinnedBuffer<std::int32_t>(rows.size());
   host_logits = cuda::PinnedBuffer<float>(logits.size());
   host_draws = cuda::PinnedBuffer<kernels::Draw>(draws.size());
@@ -339,11 +344,17 @@ void CudaTransformer::queue_mlp(int layer, std::int64_t n_rows) {
     queue_products({&down, 1});
   } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&w.mlp)) {
     cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
+  } else if (const auto* general = std::get_if<kernels::MixtureView>(&w.mlp)) {
+    cuda::mixture(*general, n, t, nullptr, nullptr, b.mixture.data(), stream_);
   } else {
     const auto& moe = std::get<kernels::SecretMoeView>(w.mlp);
-    for (std::int64_t row = 0; row < n_rows; ++row) {
-      cuda::secret_moe_token(moe, n.slice(row, 1), t.slice(row, 1), b.selected.data(), b.moe.data(),
-                             stream_);
+    if (n_rows > kGraphRows) {
+      cuda::secret_moe_batch(moe, n, t, b.selected.data(), b.moe_batch.data(), stream_);
+    } else {
+      for (std::int64_t row = 0; row < n_rows; ++row) {
+        cuda::secret_moe_token(moe, n.slice(row, 1), t.slice(row, 1), b.selected.data(),
+                               b.moe.data(), stream_);
+      }
     }
   }
   if (!w.post_mlp_norm.empty()) {

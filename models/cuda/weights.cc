@@ -41,6 +41,17 @@ void for_each_weight(LayerWeights& layer, Visit visit) {
     }
     return;
   }
+  if (auto* mixture = std::get_if<kernels::MixtureView>(&layer.mlp)) {
+    for (WeightView* w : {&mixture->shared, &mixture->experts, &mixture->router_v,
+                          &mixture->router_u, &mixture->bypass_q, &mixture->bypass_p}) {
+      visit(*w);
+    }
+    for (auto* values : {&mixture->shared_bias, &mixture->expert_bias, &mixture->expert_mean,
+                         &mixture->router_bias, &mixture->bias}) {
+      visit(*values);
+    }
+    return;
+  }
   auto& moe = std::get<kernels::SecretMoeView>(layer.mlp);
   for (WeightView* w :
        {&moe.shared, &moe.experts, &moe.router_v, &moe.router_u, &moe.bypass_q, &moe.bypass_p}) {

@@ -14,7 +14,7 @@
 #include "tests/models/expect_same.h"
 #include "tests/models/gguf_bytes.h"
 #include "tests/models/mixture_case.h"
-#include "tests/models/tiny_model.h"
+#include "tests/models/tiny_mixture.h"
 
 namespace moesaic::models {
 namespace {
@@ -260,20 +260,7 @@ TEST(MixtureModel, EqualsTheFusedLayer) {
 // Every kind runs in a model, and tells who watches what it selected.
 TEST(MixtureModel, RunsEveryKind) {
   for (const MixtureKind& kind : {kPeer, kSgatlin, kPaper, kFull}) {
-    const PackedMixture p = packed_mixture(kind, 2);
-    const TinyModel tiny({.moe_layers = {1}}, [&](TinyModel& m) {
-      std::erase_if(m.tensors, [](const auto& t) { return t.name.starts_with("blk.1.moe."); });
-      m.set("moesaic.layer.kind", GgufValue::string_array({"dense", kind_name(kind)}));
-      m.set("moesaic.layer.n_active", GgufValue::u32_array({0, 2}));
-      TempFolder folder;
-      GgufWriter w;
-      p.add_to(w, 1);
-      w.write(folder.path() / "layer.gguf");
-      const auto file = GgufFile::open(folder.path() / "layer.gguf");
-      for (const GgufTensor& t : file->tensors()) {
-        m.tensors.push_back({t.name, t.dtype, t.dims, {t.data, t.data + t.bytes}});
-      }
-    });
+    const TinyModel tiny = tiny_mixture(packed_mixture(kind, 2));
     TestContext test;
     Transformer model(tiny.load(), test.context);
     std::size_t n_selected = 0;

@@ -10,6 +10,9 @@ namespace moesaic::cuda {
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+/// Floats from one row of n to the next, so that all begin at multiples of 16 bytes.
+inline std::int64_t aligned_floats(std::int64_t n) { return (n + 3) / 4 * 4; }
+
 /// Throws ShapeError unless every row of m begins at a multiple of 16 bytes, as vector loads want
 /// it.
 inline void require_aligned_rows(std::string_view op, ConstMatrix m) {

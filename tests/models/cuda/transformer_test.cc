@@ -1,7 +1,15 @@
 #include "models/cuda/transformer.h"
 
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "engine/generation.h"
 #include "kernels/base/error.h"
 #include "tests/models/cuda/runner.h"
+#include "tests/models/tiny_mixture.h"
 #include "tests/models/tiny_self_routed.h"
 
 namespace moesaic::models {
@@ -15,7 +23,7 @@ struct Case {
   std::string name;
 };
 
-class CudaTransformerOn : public cuda::OnDevice, public testing::WithParamInterface<Case> {};
+class CudaTransformerOn : public cuda::OnDevice, public ::testing::WithParamInterface<Case> {};
 
 TEST_P(CudaTransformerOn, GreedyTokensEqualTheCpus) {
   const TinyModel tiny(GetParam().options);
@@ -39,7 +47,7 @@ TEST_P(CudaTransformerOn, PrefillAndPiecesEqualTheLoops) {
 
 INSTANTIATE_TEST_SUITE_P(
     Kinds, CudaTransformerOn,
-    testing::Values(
+    ::testing::Values(
         Case{{.architecture = "llama"}, "Llama"},
         Case{{.architecture = "llama", .dtype = DType::Q8_0, .tied = false}, "LlamaUntiedQ8_0"},
         Case{{.architecture = "llama", .dtype = DType::BF16, .window = 5}, "LlamaWindowBF16"},
@@ -56,7 +64,7 @@ struct SelfRoutedCase {
 };
 
 // Self-routed layers, beside the other kinds too, whose workspaces they must not share.
-class CudaSelfRouted : public cuda::OnDevice, public testing::WithParamInterface<SelfRoutedCase> {
+class CudaSelfRouted : public cuda::OnDevice, public ::testing::WithParamInterface<SelfRoutedCase> {
  protected:
   TinyModel model() const {
     TinyOptions options = GetParam().options;
@@ -93,7 +101,7 @@ TEST_P(CudaSelfRouted, PiecesEqualTheCpus) {
 
 INSTANTIATE_TEST_SUITE_P(
     Kinds, CudaSelfRouted,
-    testing::Values(
+    ::testing::Values(
         SelfRoutedCase{{}, {"glu+gate", "glu+gate"}, "Gate"},
         SelfRoutedCase{{.dtype = DType::Q4_1}, {"glu+input", "glu+input"}, "InputQ4_1"},
         SelfRoutedCase{{.dtype = DType::Q5_0}, {"glu+gate", "glu+input"}, "NoColumnsQ5_0"},
@@ -106,6 +114,32 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& instance) { return instance.param.name; });
 
 class CudaDecoder : public cuda::OnDevice {};
+
+// Every part of the general form once, in blocks.
+TEST_F(CudaDecoder, MixturesEqualTheCpus) {
+  using enum kernels::ExpertKind;
+  using kernels::GateKind, kernels::RouterKind;
+  constexpr std::array<kernels::MixtureKind, 4> kKinds = {
+      {{Gelu, RouterKind::ProductKey, GateKind::Softmax},
+       {Linear, RouterKind::ProductKey, GateKind::Score},
+       {Gelu, RouterKind::LowRank, GateKind::Softmax},
+       {Glu, RouterKind::FullRank, GateKind::None}}};
+  for (const kernels::MixtureKind& kind : kKinds) {
+    const TinyModel tiny = tiny_mixture(packed_mixture(kind, 2));
+    TestContext test;
+    Transformer cpu(tiny.load(), test.context);
+    CudaTransformer gpu(tiny.load(), 0);
+    const auto prompt = random_ids(11);
+    EXPECT_EQ(greedy(gpu, prompt, 12), greedy(cpu, prompt, 12)) << kind_name(kind);
+    std::vector<std::vector<double>> expected;
+    Runner on_cpu(cpu), on_gpu(gpu);
+    for (const auto& row : on_cpu.run_pieces(prompt, 11)) {
+      expected.emplace_back(row.begin(), row.end());
+    }
+    EXPECT_LT(relative_error(on_gpu.run_pieces(prompt, 11), expected), kTolerance)
+        << kind_name(kind);
+  }
+}
 
 TEST_F(CudaDecoder, SequencesInOneBatchDoNotMix) {
   const TinyModel tiny({.moe_layers = {1}});
@@ -232,6 +266,23 @@ TEST_F(CudaDecoder, PositionsCrossTheFirstGraphsReach) {
   for (std::size_t t = 253; t < 260; ++t) {
     const Rows row = runner.run({ids[t]}, {0}, {static_cast<std::int32_t>(t)}, {0});
     EXPECT_LT(relative_error(row, {expected[t]}), kTolerance) << t;
+  }
+}
+
+// Prompts of more than 64 rows go through tensor cores, what enters a product rounded to 8 bits;
+// what comes after them does not.
+TEST_F(CudaDecoder, LongPromptsThroughSecretMoeLayersComeClose) {
+  constexpr double kRounded = 0.05;
+  for (const char* architecture : {"llama", "gemma3"}) {
+    const TinyModel tiny({.architecture = architecture, .moe_layers = {0, 1}});
+    CudaTransformer gpu(tiny.load(), 0);
+    const auto ids = random_ids(70);
+    const auto expected = tiny.reference.logits(ids);
+    Runner runner(gpu, 1, 80);
+    const Rows found = runner.run_pieces({ids.begin(), ids.begin() + 66}, 66);
+    EXPECT_LT(relative_error(found, {expected.begin(), expected.begin() + 66}), kRounded);
+    const Rows later = runner.run({ids[66], ids[67]}, {0, 0}, {66, 67}, {0, 1});
+    EXPECT_LT(relative_error(later, {expected[66], expected[67]}), kRounded);
   }
 }
 
