@@ -142,51 +142,43 @@ void fit_router(Context& ctx, Student& out, const LayerSample& s, double ridge,
   }
 }
 
-// The neurons `order` of the teacher, grouped into blocks of correlated contributions: blocks, and
-// the neurons of each, in the order of their importance, in which `order` is already.
+// The neurons `order` of the teacher, grouped into blocks so that E[ω c_i c_j] is large within
+// them: few blocks then hold most of a token's contributions. Blocks, and the neurons of each, in
+// the order of their importance, in which `order` is already.
+//
+// SmolLM2-135M layer 14, blocks of 16 at .49, 8 thousand tokens, held-out error in closed form:
+// .197; by correlations of c .202, by covariances .201, by E[ω c_i c_j] of c scaled alike .201.
 void group_neurons(Context& ctx, const Neurons& teacher, const LayerSample& s,
                    const NeuronMoments& moments, std::int64_t block,
                    std::span<std::int32_t> order) {
   const auto n = static_cast<std::int64_t>(order.size());
   AlignedBuffer<float> products(order.size() * order.size());
   const Matrix affinity(products.data(), n, n);
-  std::vector<double> sum(order.size());
+  // In units of their root mean square over neurons, so that it does not matter how large they are.
+  double square = 1e-30;
+  for (const std::int32_t i : order) square += moments.importance[static_cast<std::size_t>(i)];
+  const double unit = std::sqrt(square / static_cast<double>(n));
   double total = 0;
   for_tiles(ctx, std::min(kRouterRows, s.n_fit), [&](std::int64_t first, std::int64_t rows) {
     Matrix h = take(ctx, rows, teacher.n);
     Matrix c = take(ctx, rows, n);
     neuron_activations(ctx, teacher, s.x.slice(first, rows), h, take(ctx, rows, teacher.n));
     const float* w = s.weight.data() + first;
-    auto root = take(ctx, rows);
-    std::transform(w, w + rows, root.begin(), [](float v) { return std::sqrt(v); });
     parallel_rows(ctx, rows, [&](std::int64_t t) {
+      const double root = std::sqrt(w[t]);
       for (std::size_t i = 0; i < order.size(); ++i) {
         const auto neuron = static_cast<std::size_t>(order[i]);
-        // In units of its root mean square, so that sums of squares keep their precision.
-        const double unit = std::sqrt(std::max(1e-30, moments.importance[neuron]));
-        c.row(t)[i] = static_cast<float>(root[static_cast<std::size_t>(t)] *
-                                         std::abs(h.row(t)[neuron] - moments.mean[neuron]) *
+        c.row(t)[i] = static_cast<float>(root * std::abs(h.row(t)[neuron] - moments.mean[neuron]) *
                                          moments.norm[neuron] / unit);
       }
     });
     kernels::gemm(ctx, true, false, 1, c, c, 1, affinity);
-    add_columns(ctx, c, root.data(), sum,
-                [](float v, std::int64_t) { return static_cast<double>(v); });
     total = std::accumulate(w, w + rows, total);
   });
-  std::vector<double> deviation(order.size());
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    const auto at = static_cast<std::int64_t>(i);
-    deviation[i] = std::sqrt(
-        std::max(1e-12, affinity.row(at)[at] / total - (sum[i] / total) * (sum[i] / total)));
-  }
   for (std::int64_t i = 0; i < n; ++i) {
-    const auto ui = static_cast<std::size_t>(i);
     for (std::int64_t j = 0; j <= i; ++j) {
-      const auto uj = static_cast<std::size_t>(j);
-      const double covariance = affinity.row(i)[j] / total - sum[ui] / total * (sum[uj] / total);
-      const auto correlation = static_cast<float>(covariance / (deviation[ui] * deviation[uj]));
-      affinity.row(i)[j] = affinity.row(j)[i] = correlation;
+      const auto mean = static_cast<float>(affinity.row(i)[j] / total);
+      affinity.row(i)[j] = affinity.row(j)[i] = mean;
     }
   }
   const std::vector<std::int32_t> grouped = balanced_groups(affinity, block);
