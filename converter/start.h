@@ -11,8 +11,8 @@ namespace moesaic::converter {
 /// for the router. ω is used throughout; μ is the ω-weighted mean. Down rows are the teacher's;
 /// bias and bypass are left zero (fit_outputs sets them).
 ///
-/// With plan.block > 1 the others are grouped by E[ω c_i c_j] (balanced_groups), groups in the order
-/// of their E[ω c²], and the router is fitted to contributions().
+/// With plan.block > 1 the others are grouped by E[ω c_i c_j] (balanced_groups), groups in the
+/// order of their E[ω c²], and the router is fitted to contributions().
 ///
 /// With plan.n_clones > 0 experts are copied, those of the largest E[ω c²] first and all of them
 /// once before any of them twice. A token belongs to one of an expert's clones: at first by the
