@@ -74,6 +74,7 @@ INSTANTIATE_TEST_SUITE_P(
              "LlamaWindowUntiedBF16"},
         Case{{.architecture = "gemma3", .n_layers = 6, .window = 8}, {}, "GemmaWindow"},
         Case{{.architecture = "llama", .dtype = DType::Q4_1, .moe_layers = {1}}, {}, "Hybrid"},
+        Case{{.architecture = "gemma3", .moe_layers = {0, 1}}, {}, "GemmaHybrid"},
         Case{{.dtype = DType::Q4_1, .moe_layers = {1}},
              {"glu+gate", "glu+low_rank", "glu+input", "dense"},
              "EveryKind"}),
