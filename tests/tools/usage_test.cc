@@ -83,7 +83,7 @@ TEST(Usage, ValuesOutOfRange) {
 
 TEST(Usage, DevicesThatAreNotThere) {
   expect_one_line_error(
-      run_program({"compare", "m.gguf", "h.gguf", "--data", "t.txt", "--device", "cuda:0"}), 2,
+      run_program({"study", "m.gguf", "--layer", "0", "--data", "t.txt", "--device", "cuda:0"}), 2,
       "cuda:0");
   expect_one_line_error(run_program({"generate", "m.gguf", "-p", "x", "--device", "cuda:x"}), 2,
                         "cuda:x");
