@@ -46,4 +46,10 @@ __device__ inline std::uint32_t bf16_pair(float low, float high) {
   return *reinterpret_cast<const std::uint32_t*>(&pair);
 }
 
+/// Four of them in one word of 64 bits, v[0] lowest. Stored as such: a pair of words the compiler
+/// takes apart.
+__device__ inline std::uint64_t bf16_four(float v0, float v1, float v2, float v3) {
+  return std::uint64_t{bf16_pair(v2, v3)} << 32 | bf16_pair(v0, v1);
+}
+
 }  // namespace moesaic::cuda
