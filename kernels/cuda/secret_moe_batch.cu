@@ -10,11 +10,11 @@
 #include "kernels/cuda/base/tensor_core.cuh"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/secret_moe.h"
+#include "kernels/cuda/tile_tokens.h"
 #include "kernels/cuda/top_k.h"
 
-// Neurons are taken 16 at a time, as tensor cores want them: a tile. An entry says that a token
-// wants a tile: the token, and above it a bit for each of the tile's neurons that it has chosen.
-// The tokens of a tile are multiplied with all of its neurons; what was not chosen becomes zero.
+// Neurons are taken 16 at a time, as tensor cores want them: a tile (tile_tokens.h). Its tokens are
+// multiplied with all of its neurons; what was not chosen becomes zero.
 namespace moesaic::cuda {
 namespace {
 
@@ -23,7 +23,7 @@ using kernels::MoePath;
 using kernels::SecretMoeView;
 
 constexpr std::int64_t kChunk = 512;  // tokens kept together: bounds the workspace
-constexpr int kTile = 16;             // neurons
+constexpr int kTile = kTileExperts;   // neurons
 constexpr int kTokens = 64;           // of a block
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
@@ -33,9 +33,6 @@ constexpr int kSlice = 8 * kSliceLanes;  // their columns
 // Rows in shared memory are an odd number of 16-byte pieces apart: eight of them are in all banks.
 constexpr int kStride = kSlice + 8;
 constexpr int kHiddenStride = kRows + 8;
-constexpr int kMarkThreads = 256;
-constexpr int kMarkTokens = 32;
-constexpr int kMarkTiles = 256;
 constexpr int kRoundThreads = 128;
 constexpr std::int64_t kMaxGroups = 8;
 constexpr std::int64_t kWantedBlocks = 128;  // about as many as a device has processors
@@ -47,57 +44,8 @@ __global__ void __launch_bounds__(kRoundThreads)
   if (c >= padded) return;
   float v[4];
   load_floats<4>(x.data + blockIdx.y * x.stride + c, x.cols - c, v);
-  *reinterpret_cast<uint2*>(to + blockIdx.y * padded + c) =
-      make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]));
-}
-
-// masks [tiles, stride]: of each token the bits of a tile's experts that it has chosen. A block has
-// 32 tokens and up to kMarkTiles tiles; masks of two tokens share a word.
-__global__ void __launch_bounds__(kMarkThreads)
-    mark_kernel(const std::int32_t* ids, std::int64_t n_tokens, std::int64_t k,
-                std::int64_t n_tiles, std::int64_t stride, std::uint32_t* masks) {
-  constexpr int kWords = kMarkTokens / 2;
-  __shared__ std::uint32_t words[kMarkTiles * kWords];
-  const std::int64_t first_tile = std::int64_t{blockIdx.y} * kMarkTiles;
-  const int tiles =
-      static_cast<int>(min(n_tiles - first_tile, static_cast<std::int64_t>(kMarkTiles)));
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  for (int i = threadIdx.x; i < tiles * kWords; i += kMarkThreads) words[i] = 0;
-  __syncthreads();
-  for (int t = warp; t < kMarkTokens; t += kMarkThreads / kWarp) {
-    const std::int64_t token = std::int64_t{blockIdx.x} * kMarkTokens + t;
-    if (token >= n_tokens) break;
-    for (std::int64_t j = lane; j < k; j += kWarp) {
-      const std::int32_t id = ids[token * k + j];
-      const std::int64_t tile = id / kTile - first_tile;
-      if (tile < 0 || tile >= tiles) continue;
-      atomicOr(&words[tile * kWords + t / 2], 1u << (16 * (t % 2) + id % kTile));
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < tiles * kWords; i += kMarkThreads) {
-    masks[(first_tile + i / kWords) * (stride / 2) + blockIdx.x * kWords + i % kWords] = words[i];
-  }
-}
-
-// The entries of each tile in the order of their tokens, and how many: a warp per tile.
-__global__ void __launch_bounds__(kThreads)
-    list_kernel(const std::uint16_t* masks, std::int64_t n_tiles, std::int64_t stride,
-                std::uint32_t* entries, std::int32_t* counts) {
-  const std::int64_t tile = std::int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
-  const unsigned lane = threadIdx.x % kWarp;
-  if (tile >= n_tiles) return;
-  int count = 0;
-  for (std::int64_t first = 0; first < stride; first += kWarp) {
-    const std::uint32_t mask = masks[tile * stride + first + lane];
-    const unsigned lanes = __ballot_sync(kAllLanes, mask != 0);
-    if (mask != 0) {
-      entries[tile * stride + count + __popc(lanes & ((1u << lane) - 1))] =
-          static_cast<std::uint32_t>(first + lane) | mask << 16;
-    }
-    count += __popc(lanes);
-  }
-  if (lane == 0) counts[tile] = count;
+  *reinterpret_cast<std::uint64_t*>(to + blockIdx.y * padded + c) =
+      bf16_four(v[0], v[1], v[2], v[3]);
 }
 
 // Tiles of one launch: those of shared neurons, which every token wants, then those of experts.
@@ -159,15 +107,13 @@ struct WeightRows {
       if (at[i] != nullptr) Slice::unpack(at[i], c, l, count, values);
       // In pieces as wide as the format's vectors: 8 bytes are a pass over the banks less than two
       // of 4.
-      constexpr int kWidth = Format::kWidth;
       for (int v = 0; v < Format::kVectors; ++v) {
         __nv_bfloat16* to = w + row(i) * kStride + Slice::column(l, v);
-        const std::uint32_t low = bf16_pair(values[kWidth * v], values[kWidth * v + 1]);
-        if constexpr (kWidth == 4) {
-          *reinterpret_cast<uint2*>(to) =
-              make_uint2(low, bf16_pair(values[4 * v + 2], values[4 * v + 3]));
+        const float* of = values + Format::kWidth * v;
+        if constexpr (Format::kWidth == 4) {
+          *reinterpret_cast<std::uint64_t*>(to) = bf16_four(of[0], of[1], of[2], of[3]);
         } else {
-          *reinterpret_cast<std::uint32_t*>(to) = low;
+          *reinterpret_cast<std::uint32_t*>(to) = bf16_pair(of[0], of[1]);
         }
       }
     }
@@ -179,8 +125,8 @@ struct Hidden {
   const __nv_bfloat16* x;  // [n_tokens, padded]
   std::int64_t padded;
   const float* mean;
-  const std::uint16_t* masks;    // [expert tiles, stride]
-  const std::uint32_t* entries;  // the same; null: every token wants every tile
+  const std::uint16_t* masks;    // TileTokens of the experts
+  const std::uint32_t* entries;  // null: every token wants every tile
   const std::int32_t* counts;
   std::int64_t stride, n_tokens;
   __nv_bfloat16* h;  // [n_tokens, h_cols], this launch's tiles from column h_first on
@@ -443,9 +389,9 @@ struct Workspace {
   float* partial;          // [groups, n_tokens, d_model]
   __nv_bfloat16* x;        // [n_tokens, padded]
   __nv_bfloat16* h;        // [n_tokens, h_cols]
-  std::uint32_t* masks;    // [expert tiles, stride / 2]
-  std::uint32_t* entries;  // [expert tiles, stride]
-  std::int32_t* counts;    // [expert tiles]
+  std::uint16_t* masks;    // as TileTokens has them
+  std::uint32_t* entries;
+  std::int32_t* counts;
   std::int64_t padded, h_cols, stride;
   std::size_t bytes;
 };
@@ -474,7 +420,7 @@ Workspace divide(const SecretMoeView& layer, std::int64_t n, std::byte* data) {
   take(w.partial, groups > 1 ? groups * n * d_model : 0);
   take(w.x, n * w.padded);
   take(w.h, n * w.h_cols);
-  take(w.masks, expert_tiles * w.stride / 2);
+  take(w.masks, expert_tiles * w.stride);
   take(w.entries, expert_tiles * w.stride);
   take(w.counts, expert_tiles);
   w.bytes = used;
@@ -508,20 +454,6 @@ void route(const SecretMoeView& layer, ConstMatrix x, Matrix y, std::int32_t* id
   if (routed) top_k(scores, layer.n_active, ids, stream);
 }
 
-// masks, and with lists entries and counts.
-void group(const SecretMoeView& layer, const std::int32_t* ids, std::int64_t n, bool lists,
-           const Workspace& w, StreamHandle stream) {
-  const std::int64_t tiles = n_tiles(n_routed(layer));
-  if (tiles == 0) return;
-  mark_kernel<<<grid(ceil_div(w.stride, kMarkTokens), ceil_div(tiles, kMarkTiles)), kMarkThreads, 0,
-                stream>>>(ids, n, layer.n_active, tiles, w.stride, w.masks);
-  check_launch("secret_moe mark");
-  if (!lists) return;
-  list_kernel<<<grid(ceil_div(tiles, kWarps), 1), kThreads, 0, stream>>>(
-      reinterpret_cast<const std::uint16_t*>(w.masks), tiles, w.stride, w.entries, w.counts);
-  check_launch("secret_moe list");
-}
-
 void run_tiles(const SecretMoeView& layer, const Tiles& tiles, DType dtype, const Hidden& hidden,
                Down down, StreamHandle stream) {
   down.tiles_per_group = tiles_per_group(layer, tiles.n, hidden.n_tokens);
@@ -548,7 +480,9 @@ void run_chunk(const SecretMoeView& layer, ConstMatrix x, Matrix y, std::int32_t
   round_kernel<<<grid(ceil_div(w.padded, 4 * kRoundThreads), x.rows), kRoundThreads, 0, stream>>>(
       x, w.padded, w.x);
   check_launch("secret_moe round");
-  group(layer, ids, x.rows, lists, w, stream);
+  const TileTokens wanted{w.masks, lists ? w.entries : nullptr, w.counts, n_tiles(n_routed(layer)),
+                          w.stride};
+  tile_tokens(ids, x.rows, layer.n_active, wanted, stream);
   if (lists && w.h_cols > 0) {
     check(
         cudaMemsetAsync(w.h, 0, static_cast<std::size_t>(x.rows * w.h_cols) * sizeof(*w.h), stream),
@@ -561,18 +495,12 @@ void run_chunk(const SecretMoeView& layer, ConstMatrix x, Matrix y, std::int32_t
   Tiles all{bytes(layer.shared), bytes(layer.experts), n_shared, n_experts, n_tiles(n_shared), 0,
             layer.d_model()};
   all.n = all.shared_tiles + n_tiles(n_experts);
-  Hidden hidden{layer.phi,
-                w.x,
-                w.padded,
-                layer.expert_mean.data(),
-                reinterpret_cast<const std::uint16_t*>(w.masks),
-                lists ? w.entries : nullptr,
-                w.counts,
-                w.stride,
-                x.rows,
-                w.h,
-                w.h_cols,
-                0};
+  Hidden hidden{layer.phi, w.x,
+                w.padded,  layer.expert_mean.data(),
+                w.masks,   lists ? w.entries : nullptr,
+                w.counts,  w.stride,
+                x.rows,    w.h,
+                w.h_cols,  0};
   const bool bypassed = !layer.bypass_p.empty();
   Down down{w.h,
             w.h_cols,
