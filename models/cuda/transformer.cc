@@ -9,7 +9,8 @@
 #include "kernels/cuda/activation.h"
 #include "kernels/cuda/base/device.h"
 #include "kernels/cuda/embedding.h"
-#include "kernels/cuda/linear.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/prompt_attention.h"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/secret_moe.h"
@@ -19,16 +20,18 @@ namespace moesaic::models {
 namespace {
 
 constexpr std::int64_t kMinPositions = 256;  // a graph serves at least so many, then powers of two
-constexpr std::int64_t kAttentionRows = 32;  // of one launch: bounds its workspace
-constexpr std::int64_t kGraphRows = 64;      // larger batches are not launched often enough
+constexpr std::int64_t kAttentionRows = 32;  // of a launch of split KV: bounds its workspace
+// Larger batches are prompts: launched too seldom for graphs, and with rows enough for bfloat16
+// copies of the weights. A pass over 4-bit weights moves 0.6 bytes a weight for each 8 rows, a copy
+// 4.6 once: as much as about 60 rows.
+constexpr std::int64_t kGraphRows = 64;
 constexpr std::size_t kMaxGraphs = 64;
 
 // Makes the device current before anything is allocated on it.
 std::shared_ptr<const Checkpoint> on_device(std::shared_ptr<const Checkpoint> checkpoint,
                                             int device) {
   const ModelConfig& c = checkpoint->config;
-  for (const std::int64_t cols : {c.d_model, c.d_ff, std::int64_t{c.n_heads} * c.head_dim,
-                                  std::int64_t{c.n_kv_heads} * c.head_dim}) {
+  for (const std::int64_t cols : {c.d_model, c.d_ff, std::int64_t{c.head_dim}}) {
     require<ShapeError>(cols % 4 == 0, "cuda: rows of {} elements, expected a multiple of 4", cols);
   }
   for (std::size_t i = 0; i < checkpoint->layers.size(); ++i) {
@@ -54,6 +57,24 @@ Matrix matrix(std::span<float> data, std::int64_t rows, std::int64_t cols) {
 std::int64_t heads(const ModelConfig& c) { return std::int64_t{c.n_heads} * c.head_dim; }
 std::int64_t kv_heads(const ModelConfig& c) { return std::int64_t{c.n_kv_heads} * c.head_dim; }
 
+// Of queue_products().
+std::size_t products_workspace(const CudaWeights& weights, std::int64_t n_rows,
+                               std::int64_t n_outputs) {
+  std::int64_t cols = 1, elements = 0;
+  const auto add = [&](const WeightView& w) {
+    cols = std::max(cols, w.cols);
+    elements = std::max(elements, w.rows * w.cols);
+  };
+  for (const LayerWeights& layer : weights.layers) {
+    for (const WeightView* w : {&layer.w_q, &layer.w_k, &layer.w_v, &layer.w_o}) add(*w);
+    if (const auto* dense = std::get_if<DenseMlp>(&layer.mlp)) {
+      for (const WeightView* w : {&dense->w_gate, &dense->w_up, &dense->w_down}) add(*w);
+    }
+  }
+  if (n_outputs > kGraphRows) add(weights.head);
+  return cuda::gemm_workspace(n_rows, cols, elements);
+}
+
 // The norm of each head of each row of x, where the model has one.
 void norm_heads(Matrix x, std::span<const float> weight, const ModelConfig& c,
                 cuda::StreamHandle stream) {
@@ -77,6 +98,8 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
       self_routed_bytes = std::max(self_routed_bytes, cuda::self_routed_workspace(*self));
     }
   }
+  const std::size_t gemm_bytes =
+      n_rows > kGraphRows ? products_workspace(weights, n_rows, n_outputs) : 0;
   const cuda::AttentionShape shape{c.n_heads, 0, 0, max_positions};
   const std::size_t attention_bytes =
       cuda::attention_workspace(shape, std::min(n_rows, kAttentionRows), c.head_dim);
@@ -97,6 +120,7 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
     take(rows, 3, n_rows);
     take(selected, 1, static_cast<std::int64_t>(n_selected));
     take(attention, 1, static_cast<std::int64_t>(attention_bytes));
+    take(gemm, 1, static_cast<std::int64_t>(gemm_bytes));
     // Apart: each begins with counters that only its own kind of layer leaves at zero.
     take(moe, 1, static_cast<std::int64_t>(moe_bytes));
     take(self_routed, 1, static_cast<std::int64_t>(self_routed_bytes));
@@ -119,6 +143,7 @@ engine::KvCache CudaTransformer::make_cache(std::int64_t n_slots, std::int64_t c
 
 void CudaTransformer::reserve(const PassShape& pass) {
   Buffers& b = buffers_;
+  if (pass.n_rows > kGraphRows && !blas_) blas_.emplace(stream_);
   if (pass.n_rows <= b.n_rows && pass.n_outputs <= b.n_outputs &&
       pass.max_positions <= b.max_positions) {
     return;
@@ -213,10 +238,19 @@ void CudaTransformer::queue(const PassShape& pass, std::span<const std::int32_t>
                          wanted.slice(static_cast<std::int64_t>(i), 1), stream_);
     }
   }
-  cuda::linear({weights_.head, wanted, nullptr, logits}, stream_);
+  const cuda::Product head{weights_.head, wanted, nullptr, logits};
+  queue_products({&head, 1});
   cuda::copy_bytes_out(b.host_logits.span().data(), reinterpret_cast<std::byte*>(b.logits.data()),
                        static_cast<std::size_t>(pass.n_outputs * c.vocab_size) * sizeof(float),
                        stream_);
+}
+
+void CudaTransformer::queue_products(std::span<const cuda::Product> products) {
+  if (products.front().x.rows > kGraphRows) {
+    cuda::gemm(*blas_, products, buffers_.gemm, stream_);
+  } else {
+    cuda::linear(products, stream_);
+  }
 }
 
 // t = post_attn_norm?(W_o attention(rope(q_norm?(W_q n)), …)).
@@ -234,7 +268,7 @@ void CudaTransformer::queue_attention(int layer, const PassShape& pass,
   const std::int32_t* positions = slots + rows;
   const std::array<cuda::Product, 3> products = {
       cuda::Product{w.w_q, n, nullptr, q}, {w.w_k, n, nullptr, k}, {w.w_v, n, nullptr, v}};
-  cuda::linear(products, stream_);
+  queue_products(products);
   norm_heads(q, w.q_norm, c, stream_);
   norm_heads(k, w.k_norm, c, stream_);
   const float* freq = weights_.rope_freq[static_cast<std::size_t>(layer)].data();
@@ -242,12 +276,17 @@ void CudaTransformer::queue_attention(int layer, const PassShape& pass,
   cuda::rope(k, c.head_dim, positions, freq, c.rope_style, stream_);
   cuda::store_kv(k, v, {slots, positions}, cache, stream_);
   const cuda::AttentionShape shape{c.n_heads, c.attention_scale, at.window, pass.max_positions};
-  for (std::int64_t first = 0; first < rows; first += kAttentionRows) {
-    const std::int64_t some = std::min(kAttentionRows, rows - first);
-    cuda::attention(q.slice(first, some), {slots + first, positions + first}, cache, shape,
-                    mixed.slice(first, some), b.attention.data(), stream_);
+  if (rows > kGraphRows) {
+    cuda::prompt_attention(q, {slots, positions}, cache, shape, mixed, stream_);
+  } else {
+    for (std::int64_t first = 0; first < rows; first += kAttentionRows) {
+      const std::int64_t some = std::min(kAttentionRows, rows - first);
+      cuda::attention(q.slice(first, some), {slots + first, positions + first}, cache, shape,
+                      mixed.slice(first, some), b.attention.data(), stream_);
+    }
   }
-  cuda::linear({w.w_o, mixed, nullptr, t}, stream_);
+  const cuda::Product out{w.w_o, mixed, nullptr, t};
+  queue_products({&out, 1});
   if (!w.post_attn_norm.empty()) {
     cuda::rms_norm(t, w.post_attn_norm.data(), c.norm_eps, t, stream_);
   }
@@ -263,9 +302,10 @@ void CudaTransformer::queue_mlp(int layer, std::int64_t n_rows) {
     const Matrix gate = matrix(b.gate, n_rows, c.d_ff), up = matrix(b.up, n_rows, c.d_ff);
     const std::array<cuda::Product, 2> products = {cuda::Product{dense->w_gate, n, nullptr, gate},
                                                    {dense->w_up, n, nullptr, up}};
-    cuda::linear(products, stream_);
+    queue_products(products);
     cuda::gated_activation(dense->phi, gate, up, gate, stream_);
-    cuda::linear({dense->w_down, gate, nullptr, t}, stream_);
+    const cuda::Product down{dense->w_down, gate, nullptr, t};
+    queue_products({&down, 1});
   } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&w.mlp)) {
     cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
   } else {

@@ -4,13 +4,16 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/base/arena.h"
+#include "kernels/cuda/base/blas.h"
 #include "kernels/cuda/base/graph.h"
 #include "kernels/cuda/base/pinned_buffer.h"
 #include "kernels/cuda/base/stream.h"
+#include "kernels/cuda/linear.h"
 #include "models/cuda/weights.h"
 
 namespace moesaic::models {
@@ -18,11 +21,16 @@ namespace moesaic::models {
 /// Transformer on a GPU: weights, cache and activations in device memory, float32 activations and
 /// sums. A batch that wants logits of all its rows, as decode does, runs as one graph, which is
 /// captured when its shape first comes; the host waits once, for the logits. Other batches are
-/// queued kernel by kernel. Rows beyond 8 read the weights again for each 8.
+/// queued kernel by kernel.
+///
+/// Up to 64 rows all is float32: rows beyond 8 read the weights again for each 8. Larger batches,
+/// prompts that is, go through tensor cores, operands rounded to bfloat16: dense products through
+/// cuBLAS, which is loaded with the first of them, and attention. A row's result depends on how
+/// many others come with it only as far as that.
 class CudaTransformer : public engine::Decoder {
  public:
   /// Copies the checkpoint's weights to GPU `device`. Throws DeviceError; ShapeError for d_model,
-  /// d_ff or heads whose rows do not begin at multiples of 16 bytes.
+  /// d_ff or head_dim that are no multiple of 4: rows begin at multiples of 16 bytes.
   CudaTransformer(std::shared_ptr<const Checkpoint> checkpoint, int device);
 
   // engine::Decoder
@@ -51,14 +59,14 @@ class CudaTransformer : public engine::Decoder {
 
     std::int64_t n_rows = 0, n_outputs = 0, max_positions = 0;
     std::shared_ptr<cuda::Arena> arena;
-    std::span<float> r, n, t, wanted;                  // [n_rows, d_model]
-    std::span<float> q, mixed;                         // [n_rows, n_heads · head_dim]
-    std::span<float> k, v;                             // [n_rows, n_kv_heads · head_dim]
-    std::span<float> gate, up;                         // [n_rows, d_ff]
-    std::span<float> logits;                           // [n_outputs, vocab_size]
-    std::span<std::int32_t> rows;                      // tokens, slots, positions: [3, n_rows]
-    std::span<std::int32_t> selected;                  // of one token and layer
-    std::span<std::byte> attention, moe, self_routed;  // workspaces
+    std::span<float> r, n, t, wanted;  // [n_rows, d_model]
+    std::span<float> q, mixed;         // [n_rows, n_heads · head_dim]
+    std::span<float> k, v;             // [n_rows, n_kv_heads · head_dim]
+    std::span<float> gate, up;         // [n_rows, d_ff]
+    std::span<float> logits;           // [n_outputs, vocab_size]
+    std::span<std::int32_t> rows;      // tokens, slots, positions: [3, n_rows]
+    std::span<std::int32_t> selected;  // of one token and layer
+    std::span<std::byte> attention, gemm, moe, self_routed;  // workspaces
     cuda::PinnedBuffer<std::int32_t> host_rows;
     cuda::PinnedBuffer<float> host_logits;
   };
@@ -67,12 +75,14 @@ class CudaTransformer : public engine::Decoder {
   void reserve(const PassShape& pass);
   // The whole pass, from host_rows to host_logits.
   void queue(const PassShape& pass, std::span<const std::int32_t> outputs, engine::KvCache& cache);
+  void queue_products(std::span<const cuda::Product> products);
   void queue_attention(int layer, const PassShape& pass, const kernels::KvLayerView& cache);
   void queue_mlp(int layer, std::int64_t n_rows);
 
   std::shared_ptr<const Checkpoint> checkpoint_;
   cuda::Stream stream_;
   CudaWeights weights_;
+  std::optional<cuda::Blas> blas_;  // once a batch has needed it
   Buffers buffers_;
   std::map<PassShape, cuda::Graph> graphs_;
 };
