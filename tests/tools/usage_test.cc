@@ -82,9 +82,8 @@ TEST(Usage, ValuesOutOfRange) {
 }
 
 TEST(Usage, DevicesThatAreNotThere) {
-  expect_one_line_error(
-      run_program({"compare", "m.gguf", "h.gguf", "--data", "t.txt", "--device", "cuda:0"}), 2,
-      "cuda:0");
+  expect_one_line_error(run_program({"inspect", "m.gguf", "-p", "x", "--device", "cuda:0"}), 2,
+                        "cuda:0");
   expect_one_line_error(run_program({"generate", "m.gguf", "-p", "x", "--device", "cuda:x"}), 2,
                         "cuda:x");
   // No machine has so many GPUs; without CUDA in the program it is the usage that is wrong.
