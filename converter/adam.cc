@@ -5,6 +5,12 @@
 #include <numbers>
 
 namespace moesaic::converter {
+namespace {
+
+constexpr float kBeta1 = 0.9F;
+constexpr float kBeta2 = 0.999F;
+
+}  // namespace
 
 AdamTensor::AdamTensor(std::span<float> value, std::span<float> gradient, double rate,
                        AdamUnit unit)
@@ -17,13 +23,15 @@ AdamTensor::AdamTensor(std::span<float> value, std::span<float> gradient, double
   unit_ = rms > 0 ? rms : 1e-3;
 }
 
-void AdamTensor::step(Context& ctx, double schedule, double gradient_scale) {
-  constexpr float kBeta1 = 0.9F;
-  constexpr float kBeta2 = 0.999F;
+AdamTensor::Step AdamTensor::count_step(double schedule) {
   ++steps_;
-  const auto correction1 = static_cast<float>(1 / (1 - std::pow(kBeta1, steps_)));
-  const auto correction2 = static_cast<float>(1 / (1 - std::pow(kBeta2, steps_)));
-  const auto rate = static_cast<float>(rate_ * schedule * unit_);
+  return {.correction1 = static_cast<float>(1 / (1 - std::pow(kBeta1, steps_))),
+          .correction2 = static_cast<float>(1 / (1 - std::pow(kBeta2, steps_))),
+          .rate = static_cast<float>(rate_ * schedule * unit_)};
+}
+
+void AdamTensor::step(Context& ctx, double schedule, double gradient_scale) {
+  const Step now = count_step(schedule);
   const auto scale = static_cast<float>(gradient_scale);
   const int n_threads = ctx.pool.n_threads();
   ctx.pool.run([&](int thread) {
@@ -36,7 +44,7 @@ void AdamTensor::step(Context& ctx, double schedule, double gradient_scale) {
       const float g = gradient[i] * scale;
       m[i] = kBeta1 * m[i] + (1 - kBeta1) * g;
       v[i] = kBeta2 * v[i] + (1 - kBeta2) * g * g;
-      value[i] -= rate * (m[i] * correction1) / (std::sqrt(v[i] * correction2) + 1e-8F);
+      value[i] -= now.rate * (m[i] * now.correction1) / (std::sqrt(v[i] * now.correction2) + 1e-8F);
     }
   });
 }

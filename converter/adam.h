@@ -21,6 +21,14 @@ class AdamTensor {
   AdamTensor(std::span<float> value, std::span<float> gradient, double rate,
              AdamUnit unit = AdamUnit::RootMeanSquare);
 
+  /// What the next step takes: the corrections of both moments, 1 / (1 − βᵗ), and rate · schedule ·
+  /// unit.
+  struct Step {
+    float correction1, correction2, rate;
+  };
+  /// Counts a step, which the caller takes.
+  Step count_step(double schedule);
+
   /// value −= rate · schedule · unit · m̂ / (√v̂ + ε), the gradient taken times `gradient_scale`.
   void step(Context& ctx, double schedule, double gradient_scale = 1);
 

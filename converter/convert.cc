@@ -172,6 +172,9 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   const auto tokenizer = models::load_tokenizer(*checkpoint->file);
   Job job{
       options, recipe, options.tokens > 0 ? options.tokens : recipe.tokens, {}, options.recover};
+  require<InputError>(recipe.recover_tokens > 0 || !options.recover.device,
+                      "--device: the recipe \"{}\" runs on the CPU alone, \"best\" trains on CUDA",
+                      recipe.name);
   require<InputError>(recipe.recover_tokens > 0 || options.recover.tokens == 0,
                       "--recover-tokens: the recipe \"{}\" does not recover, \"best\" does",
                       recipe.name);

@@ -13,6 +13,7 @@
 #include "converter/convert.h"
 #include "converter/recipe.h"
 #include "tools/commands.h"
+#include "tools/device.h"
 #include "tools/dtype_names.h"
 #include "tools/options.h"
 #include "tools/output.h"
@@ -141,6 +142,7 @@ void convert(Options& options) {
   if (!options.layers.empty()) convert.layers = *parse_layers(options.layers);
   if (!options.expert_type.empty()) convert.expert_dtype = dtype_from_name(options.expert_type);
   if (!options.router_type.empty()) convert.router_dtype = dtype_from_name(options.router_type);
+  convert.recover.device = make_device_training(options.run.device);
 
   Runtime runtime(options.run);
   Progress progress(options.run.quiet);
@@ -225,12 +227,13 @@ void add_convert(CLI::App& app, Action& action) {
       ->capture_default_str();
   add_recover_options(*cmd, convert_options.recover);
   options->run.activations = "f32";
-  add_run_options(*cmd, options->run);
+  add_run_options(*cmd, options->run, Devices::CpuAndCuda);
   cmd->footer(
       R"(Leaves OUT.gguf, OUT.gguf.report.json, OUT.gguf.report.html and, for the first three recipes,
 OUT.gguf.plan.json for --plan and --curves. While it runs, what is finished is kept in
 OUT.gguf.state: after Ctrl-C or a crash, the same command with --resume goes on. The same seed and
-thread count give the same file, byte for byte.
+thread count give the same file, byte for byte. With --device cuda the training of --recipe best
+runs on a GPU, the rest on the CPU.
 
 Examples:
   moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --active 0.5

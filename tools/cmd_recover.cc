@@ -6,6 +6,7 @@
 
 #include "converter/recovery/recover_file.h"
 #include "tools/commands.h"
+#include "tools/device.h"
 #include "tools/dtype_names.h"
 #include "tools/options.h"
 #include "tools/output.h"
@@ -39,6 +40,7 @@ void recover(Options& options) {
           fmt::format("-o {}: is one of the inputs, expected another file", options.output));
     }
   }
+  recover.recover.device = make_device_training(options.run.device);
   Runtime runtime(options.run);
   Progress progress(options.run.quiet);
   try {
@@ -84,19 +86,21 @@ void add_recover(CLI::App& app, Action& action) {
       ->capture_default_str();
   add_recover_options(*cmd, recover_options.recover);
   options->run.activations = "f32";
-  add_run_options(*cmd, options->run);
+  add_run_options(*cmd, options->run, Devices::CpuAndCuda);
   cmd->footer(
       R"(Trains experts, shared neurons, bypass, bias and routers on the KL divergence from the dense
 model, of self-routed layers the MLP's matrices, while their thresholds follow so that as much stays
 active; attention (unless --train attention), norms, embeddings and head stay as they are. Then it
 rounds them to their formats and trains the scales of their blocks. `convert --recipe best` does the
 same behind its layer-wise stage. The training is saved in OUT.gguf.state every few minutes and on
-Ctrl-C: the same command with --resume goes on bit for bit.
+Ctrl-C: the same command with --resume goes on bit for bit. With --device cuda dense and self-routed
+layers (glu+gate, glu+input) are trained there, the teacher in bfloat16, too; rounding is the CPU's.
 
 Examples:
   moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data wiki.valid.tokens
   moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data text.txt --recover-tokens 500000
   moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data text.txt --recover-tokens 0
+  moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data text.txt --device cuda
   moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data text.txt --resume)");
   cmd->callback([options, &action] { action = [options] { recover(*options); }; });
 }

@@ -4,6 +4,8 @@
 
 #include "kernels/base/error.h"
 #if MOESAIC_HAS_CUDA
+#include "converter/recovery/cuda/training.h"
+#include "kernels/cuda/base/device.h"
 #include "models/cuda/transformer.h"
 #endif
 
@@ -30,6 +32,13 @@ std::unique_ptr<engine::Decoder> make_cuda_decoder(
   return std::make_unique<models::CudaTransformer>(std::move(checkpoint), device);
 }
 
+converter::MakeDeviceTraining make_device_training(const std::string& device) {
+  const auto gpu = cuda_device(device);
+  if (!gpu) return {};
+  cuda::use_device(*gpu);
+  return converter::cuda_training(*gpu);
+}
+
 #else
 
 bool built_with_cuda() { return false; }
@@ -37,6 +46,11 @@ bool built_with_cuda() { return false; }
 std::unique_ptr<engine::Decoder> make_cuda_decoder(std::shared_ptr<const models::Checkpoint>,
                                                    int device) {
   throw DeviceError(fmt::format("cuda:{}: built without CUDA", device));
+}
+
+converter::MakeDeviceTraining make_device_training(const std::string& device) {
+  if (cuda_device(device)) throw DeviceError(fmt::format("{}: built without CUDA", device));
+  return {};
 }
 
 #endif

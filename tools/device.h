@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "converter/recovery/options.h"
 #include "engine/decoder.h"
 #include "models/transformer.h"
 
@@ -19,5 +20,9 @@ bool built_with_cuda();
 /// of memory.
 std::unique_ptr<engine::Decoder> make_cuda_decoder(
     std::shared_ptr<const models::Checkpoint> checkpoint, int device);
+
+/// What trains on the GPU of "cuda" or "cuda:N"; empty for any other text. Throws DeviceError as
+/// above: before there is anything to train.
+converter::MakeDeviceTraining make_device_training(const std::string& device);
 
 }  // namespace moesaic::tools

@@ -26,8 +26,9 @@ class BlockScales {
   /// Takes codes, scales and offsets out of `w`, whose dtype can_tune().
   explicit BlockScales(const WeightView& w);
 
-  std::span<float> scale() { return scale_.span(); }    // [n_blocks], row by row
-  std::span<float> offset() { return offset_.span(); }  // the same, or empty
+  std::span<const std::int8_t> codes() const { return code_; }  // [rows, cols]
+  std::span<float> scale() { return scale_.span(); }            // [n_blocks], row by row
+  std::span<float> offset() { return offset_.span(); }          // the same, or empty
   std::span<float> scale_gradient() { return scale_gradient_.span(); }
   std::span<float> offset_gradient() { return offset_gradient_.span(); }
 

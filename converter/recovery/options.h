@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <optional>
 
 #include "kernels/base/dtype.h"
@@ -16,6 +18,11 @@ enum class Learns {
   Weights,  // all parameters of the converted layers
   Scales,   // self-routed layers: the block scales of the formats that they stand in
 };
+
+class DeviceTraining;
+struct TrainingParts;
+/// Makes the training on another device (device_training.h).
+using MakeDeviceTraining = std::function<std::unique_ptr<DeviceTraining>(const TrainingParts&)>;
 
 /// End-to-end recovery (DESIGN.md section 2, step 7): how long, how fast, and how the routers keep
 /// up with the neurons that they rank.
@@ -49,6 +56,7 @@ struct RecoverOptions {
   std::int64_t judge_every = 100;        // steps between two judgements
   double save_seconds = 240;             // between two saved states
   std::uint64_t seed = 0;                // order of the windows
+  MakeDeviceTraining device;             // where it trains; empty: on the CPU
 };
 
 }  // namespace moesaic::converter

@@ -143,7 +143,9 @@ void train(Trainer& trainer, const RecoverOptions& options, std::string_view sta
   }
   report.tokens += trainer.n_steps() * options.batch;
   report.seconds = seconds_before + since(start);
-  if (trainer.step_index() > first_step) monitor.line(breakdown(trainer, since(start)));
+  if (trainer.step_index() > first_step && !options.device) {
+    monitor.line(breakdown(trainer, since(start)));
+  }
 }
 
 // Refuses before the training what cannot be trained or could not be written after it.

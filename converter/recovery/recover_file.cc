@@ -26,33 +26,34 @@ void check_pair(const models::Checkpoint& dense, const models::Checkpoint& hybri
 }  // namespace
 
 std::string options_json(const RecoverOptions& o) {
-  return Json{{"tokens", o.tokens},
-              {"scale_tokens", o.scale_tokens},
-              {"scale_rate", o.scale_rate},
-              {"attention_rank", o.attention_rank},
-              {"text", o.text},
-              {"self_tokens", o.self_tokens},
-              {"batch", o.batch},
-              {"part", o.part},
-              {"n_ctx", o.n_ctx},
-              {"rate", o.rate},
-              {"router_rate", o.router_rate},
-              {"scaled_steps", o.scaled_steps},
-              {"warm_up", o.warm_up},
-              {"clip", o.clip},
-              {"auxiliary", o.auxiliary},
-              {"straight_through", o.straight_through},
-              {"gate_width", o.gate_width},
-              {"refit_every", o.refit_every},
-              {"refit_memory", o.refit_memory},
-              {"refit_ridge", o.refit_ridge},
-              {"threshold_gain", o.threshold_gain},
-              {"straight_through_inputs", o.straight_through_inputs},
-              {"expert_type",
-               o.expert_type ? std::string(traits(*o.expert_type).name) : std::string("auto")},
-              {"held_out", o.held_out},
-              {"seed", o.seed}}
-      .dump();
+  Json json{{"tokens", o.tokens},
+            {"scale_tokens", o.scale_tokens},
+            {"scale_rate", o.scale_rate},
+            {"attention_rank", o.attention_rank},
+            {"text", o.text},
+            {"self_tokens", o.self_tokens},
+            {"batch", o.batch},
+            {"part", o.part},
+            {"n_ctx", o.n_ctx},
+            {"rate", o.rate},
+            {"router_rate", o.router_rate},
+            {"scaled_steps", o.scaled_steps},
+            {"warm_up", o.warm_up},
+            {"clip", o.clip},
+            {"auxiliary", o.auxiliary},
+            {"straight_through", o.straight_through},
+            {"gate_width", o.gate_width},
+            {"refit_every", o.refit_every},
+            {"refit_memory", o.refit_memory},
+            {"refit_ridge", o.refit_ridge},
+            {"threshold_gain", o.threshold_gain},
+            {"straight_through_inputs", o.straight_through_inputs},
+            {"expert_type",
+             o.expert_type ? std::string(traits(*o.expert_type).name) : std::string("auto")},
+            {"held_out", o.held_out},
+            {"seed", o.seed}};
+  if (o.device) json["device"] = "cuda";  // other roundings: another recovery
+  return json.dump();
 }
 
 std::string recovery_json(const RecoveryReport& report) {

@@ -96,6 +96,7 @@ class SelfRoutedLayer {
 
   /// The thresholds in force are those given times one factor for each vector.
   const SelfRoutedThresholds<Scalar>& thresholds() const { return thresholds_; }
+  const SelfRoutedThresholds<Scalar>& given() const { return given_; }
   void set_thresholds(SelfRoutedThresholds<Scalar> thresholds);  // the factors become 1
   SelfRoutedTriple& factors() { return factors_; }
 

@@ -46,7 +46,6 @@ Trainer::Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::
       learns_(learns),
       ctx_{ctx.pool, ctx.workspace, ctx.tally, Activations::BF16},
       tokens_(tokens),
-      teacher_(std::move(dense), ctx_, tokens, options.n_ctx),
       model_(hybrid, ctx_, options.n_ctx, recomputes(hybrid.config, options_.part)),
       n_windows_(static_cast<std::int64_t>(tokens.size()) / options.n_ctx) {
   require<InputError>(n_windows_ >= 2, "recovery: {} windows of {} tokens, expected two at least",
@@ -74,6 +73,11 @@ Trainer::Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::
   if (learns == Learns::Weights && options_.attention_rank > 0) {
     model_.learn_attention(options_.attention_rank, options_.seed);
     add_attention(unit);
+  }
+  if (options_.device) {
+    make_device(*dense, hybrid);
+  } else {
+    teacher_.emplace(std::move(dense), ctx_, tokens, options_.n_ctx);
   }
   if (options_.refit_every > 0) {
     model_.observe(
@@ -129,6 +133,46 @@ void Trainer::add_scales(Converted<Bfloat16>& layer, const models::Mlp& mlp, Ada
   }
 }
 
+void Trainer::make_device(const models::Checkpoint& dense, const models::Checkpoint& hybrid) {
+  require<InputError>(options_.attention_rank == 0,
+                      "recovery: the attention learns on the CPU alone");
+  TrainingParts parts;
+  parts.dense = &dense;
+  parts.hybrid = &hybrid;
+  parts.model = &model_;
+  for (Trained& t : tensors_) parts.tensors.push_back(&t.adam);
+  parts.learns_scales = learns_ == Learns::Scales;
+  for (Scaled& s : scaled_) {
+    const auto& all = model_.converted();
+    const auto own =
+        std::find_if(all.begin(), all.end(), [&](const auto& c) { return c.layer == s.layer; });
+    parts.scaled.push_back({static_cast<std::size_t>(own - all.begin()), s.matrix, s.scales.get()});
+  }
+  parts.tokens = tokens_;
+  parts.n_ctx = options_.n_ctx;
+  parts.batch = options_.batch;
+  parts.part = options_.part;
+  parts.recompute = recomputes(hybrid.config, options_.part);
+  parts.clip = options_.clip;
+  device_ = options_.device(parts);
+}
+
+Hybrid<Bfloat16>& Trainer::model() {
+  fetch();
+  host_ahead_ = true;
+  return model_;
+}
+
+void Trainer::put() {
+  if (device_ != nullptr && host_ahead_) device_->put();
+  host_ahead_ = false;
+}
+
+void Trainer::fetch() {
+  if (device_ != nullptr && device_ahead_) device_->fetch();
+  device_ahead_ = false;
+}
+
 const BlockScales* Trainer::scales(int layer, std::size_t matrix) const {
   for (const Scaled& s : scaled_) {
     if (s.layer == layer && s.matrix == matrix) return s.scales.get();
@@ -173,7 +217,7 @@ std::vector<std::int64_t> Trainer::windows_of_step(std::int64_t step) const {
 // The routers' losses are counted in what they are at the start.
 void Trainer::measure_router_scale() {
   const std::int64_t first = windows_of_step(0).front();
-  model_.gradients(window(first), teacher_.hidden(first), options_.n_ctx);
+  model_.gradients(window(first), teacher_->hidden(first), options_.n_ctx);
   for (auto& c : model_.converted()) {
     if (auto* moe = c.moe()) moe->router.scale = std::max(1e-30, moe->auxiliary);
   }
@@ -193,6 +237,22 @@ void Trainer::clear_gradients() {
       }
     }
   }
+}
+
+double Trainer::schedule_of(std::int64_t step) const {
+  const auto warm_up = static_cast<std::int64_t>(options_.warm_up * static_cast<double>(n_steps()));
+  return cosine_schedule(step, n_steps(), warm_up);
+}
+
+void Trainer::check_loss(double kl) const {
+  require<Error>(std::isfinite(kl), "recovery: step {}: the loss is NaN or infinite", step_ + 1);
+}
+
+void Trainer::check_gradient(const Trained& tensor, double square) const {
+  require<Error>(std::isfinite(square),
+                 "recovery: step {}: the gradient of layer {}, {}, is NaN or infinite; a lower "
+                 "learning rate may help",
+                 step_ + 1, tensor.layer, tensor.name);
 }
 
 double Trainer::gradient_norm(bool routers) {
@@ -216,10 +276,7 @@ double Trainer::gradient_norm(bool routers) {
       parts[static_cast<std::size_t>(thread)] = sum;
     });
     const double square = std::accumulate(parts.begin(), parts.end(), 0.0);
-    require<Error>(std::isfinite(square),
-                   "recovery: step {}: the gradient of layer {}, {}, is NaN or infinite; a lower "
-                   "learning rate may help",
-                   step_ + 1, tensor.layer, tensor.name);
+    check_gradient(tensor, square);
     total += square;
   }
   return std::sqrt(total);
@@ -251,7 +308,30 @@ void Trainer::follow_shares() {
   }
 }
 
+StepResult Trainer::step_on_device() {
+  put();
+  const double schedule = schedule_of(step_);
+  std::vector<AdamTensor::Step> steps;
+  for (Trained& t : tensors_) steps.push_back(t.adam.count_step(schedule));
+  model_.forget_counts();
+  const DeviceTraining::Outcome outcome = device_->step(windows_of_step(step_), steps);
+  device_ahead_ = true;
+  StepResult result;
+  result.kl = outcome.kl / static_cast<double>(options_.batch);
+  check_loss(result.kl);
+  double square = 0;
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    check_gradient(tensors_[i], outcome.squares[i]);
+    square += outcome.squares[i];
+  }
+  result.gradient_norm = std::sqrt(square);
+  follow_shares();
+  ++step_;
+  return result;
+}
+
 StepResult Trainer::step() {
+  if (device_ != nullptr) return step_on_device();
   if (step_ == 0) measure_router_scale();
   const std::vector<std::int64_t> windows = windows_of_step(step_);
   const std::int64_t per_part = options_.part / options_.n_ctx;
@@ -267,7 +347,7 @@ StepResult Trainer::step() {
     tokens.clear();
     for (std::size_t i = first; i < end; ++i) {
       const auto ids = window(windows[i]);
-      const auto states = teacher_.hidden(windows[i]);
+      const auto states = teacher_->hidden(windows[i]);
       std::copy_n(states.data, states.rows * d,
                   hidden.row(static_cast<std::int64_t>(tokens.size())));
       tokens.insert(tokens.end(), ids.begin(), ids.end());
@@ -279,15 +359,13 @@ StepResult Trainer::step() {
   const auto start = std::chrono::steady_clock::now();
   gather_scales();
   result.kl /= static_cast<double>(options_.batch);
-  require<Error>(std::isfinite(result.kl), "recovery: step {}: the loss is NaN or infinite",
-                 step_ + 1);
+  check_loss(result.kl);
   result.gradient_norm = gradient_norm(false);
   gradient_norm(true);  // for its check
   const double scale = options_.clip > 0 && result.gradient_norm > options_.clip
                            ? options_.clip / result.gradient_norm
                            : 1;
-  const auto warm_up = static_cast<std::int64_t>(options_.warm_up * static_cast<double>(n_steps()));
-  const double schedule = cosine_schedule(step_, n_steps(), warm_up);
+  const double schedule = schedule_of(step_);
   for (Trained& t : tensors_) {
     t.adam.step(ctx_, schedule, t.router ? 1 : scale);
   }
@@ -304,10 +382,11 @@ StepResult Trainer::step() {
 }
 
 Judgement Trainer::judge() {
+  put();
   model_.forget_counts();
   double sum = 0;
   for (std::int64_t w = n_train_; w < n_windows_; ++w) {
-    sum += model_.divergence(window(w), teacher_.hidden(w));
+    sum += device_ ? device_->divergence(w) : model_.divergence(window(w), teacher_->hidden(w));
   }
   return {.kl = sum / static_cast<double>((n_windows_ - n_train_) * options_.n_ctx),
           .active = model_.active_fraction()};
@@ -336,6 +415,7 @@ std::vector<Trainer::Named> Trainer::state() {
 }
 
 void Trainer::save(const std::filesystem::path& path, std::string note) {
+  fetch();
   using models::GgufValue;
   models::GgufWriter writer;
   writer.set(std::string(kKeyStep), GgufValue::u64(static_cast<std::uint64_t>(step_)));
@@ -378,6 +458,8 @@ std::string Trainer::load(const std::filesystem::path& path) {
   step_ = step;
   scatter_scales();
   model_.refresh();
+  device_ahead_ = false;
+  host_ahead_ = true;
   return file->get_string(kKeyNote);
 }
 

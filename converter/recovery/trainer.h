@@ -4,12 +4,14 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "converter/adam.h"
 #include "converter/recovery/block_scales.h"
+#include "converter/recovery/device_training.h"
 #include "converter/recovery/hybrid.h"
 #include "converter/recovery/options.h"
 #include "converter/recovery/router_refit.h"
@@ -36,7 +38,8 @@ class Trainer {
  public:
   /// `tokens` [n_windows · n_ctx] borrowed; the last options.held_out tokens' windows (a quarter of
   /// all at most, one at least) are never trained on. Throws InputError if there are fewer windows
-  /// than two, or sizes that do not fit each other. With Learns::Scales `hybrid` keeps its codes,
+  /// than two, sizes that do not fit each other, or something to train that options.device does not
+  /// know. With Learns::Scales `hybrid` keeps its codes,
   /// and trains on options.scale_tokens at options.scale_rate.
   Trainer(std::shared_ptr<const models::Checkpoint> dense, const models::Checkpoint& hybrid,
           Context& ctx, std::span<const std::int32_t> tokens, const RecoverOptions& options,
@@ -62,8 +65,10 @@ class Trainer {
   void save(const std::filesystem::path& path, std::string note);
   std::string load(const std::filesystem::path& path);
 
-  Hybrid<Bfloat16>& model() { return model_; }
-  Teacher& teacher() { return teacher_; }
+  /// As the last step left it, wherever that ran; what is changed in it holds for the next.
+  Hybrid<Bfloat16>& model();
+  /// Of trainings on the CPU.
+  Teacher& teacher() { return *teacher_; }
   /// Windows that are trained on: [0, n).
   std::int64_t n_train_windows() const { return n_train_; }
   std::span<const std::int32_t> window(std::int64_t index) const;
@@ -82,7 +87,13 @@ class Trainer {
   void scatter_scales();
   std::vector<std::int64_t> windows_of_step(std::int64_t step) const;
   void measure_router_scale();
+  void make_device(const models::Checkpoint& dense, const models::Checkpoint& hybrid);
+  void put();
+  void fetch();
+  StepResult step_on_device();
   double gradient_norm(bool routers);
+  double schedule_of(std::int64_t step) const;
+  void check_loss(double kl) const;
   void refit_routers();
   struct Named {
     std::string name;
@@ -94,7 +105,7 @@ class Trainer {
   Learns learns_;
   Context ctx_;
   std::span<const std::int32_t> tokens_;
-  Teacher teacher_;
+  std::optional<Teacher> teacher_;  // unless the device has its own
   Hybrid<Bfloat16> model_;
   std::int64_t n_windows_, n_train_;
   struct Trained {
@@ -103,6 +114,7 @@ class Trainer {
     bool router;
     AdamTensor adam;
   };
+  void check_gradient(const Trained& tensor, double square) const;
   std::vector<Trained> tensors_;  // of each converted layer, in order
   struct Scaled {
     int layer;
@@ -110,7 +122,9 @@ class Trainer {
     Matrix value, gradient;
     std::unique_ptr<BlockScales> scales;
   };
-  std::vector<Scaled> scaled_;                    // with Learns::Scales
+  std::vector<Scaled> scaled_;                      // with Learns::Scales
+  std::unique_ptr<DeviceTraining> device_;          // or null: trained here
+  bool host_ahead_ = false, device_ahead_ = false;  // of the other
   std::map<std::size_t, RouterMoments> moments_;  // by index of the layer, if routers are refitted
   std::int64_t step_ = 0;
   double optimizer_seconds_ = 0;

@@ -1,9 +1,13 @@
-// generate --device cuda: the program as built, on a GPU or on the stand-in for one.
+// --device cuda: the program as built, on a GPU or on the stand-in for one.
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+#include <csignal>
 #include <cstdlib>
 
+#include "converter/digest.h"
+#include "tests/converter/recovery/self_routed_model.h"
 #include "tests/models/tiny_self_routed.h"
 #include "tests/tools/program.h"
 
@@ -196,6 +200,157 @@ TEST_F(OnCudaDevice, BenchTellsSpeedsAndNoLimits) {
   }
   line.insert(line.end(), {"--costs"});
   EXPECT_EQ(run_program(line).status, 2);
+}
+
+// A dense model, a hybrid made of it as its file says, whose layers route themselves with other up
+// rows than the dense one's: much to learn. Windows are as short as the context.
+class RecoverOnCuda : public OnCudaDevice {
+ protected:
+  static void prepare(TinyModel& m) {
+    add_vocabulary(m);
+    m.set("llama.context_length", models::GgufValue::u32(64));
+  }
+  std::vector<std::string> line(const std::string& output, const char* tokens = "1024",
+                                const char* scale_tokens = "512") const {
+    return {"recover",
+            dense.path.string(),
+            hybrid.path.string(),
+            "-o",
+            output,
+            "--data",
+            text,
+            "--recover-tokens",
+            tokens,
+            "--scale-tokens",
+            scale_tokens,
+            "--recover-batch",
+            "512",
+            "--held-out",
+            "512",
+            "--judge-every",
+            "2",
+            "-t",
+            "2",
+            "-q",
+            "--recover-rate",
+            "2e-2"};
+  }
+  static nlohmann::json recovery(const std::string& output) {
+    return nlohmann::json::parse(bytes(output + ".report.json")).at("recovery");
+  }
+
+  TemporaryFolder folder;
+  std::string text = folder.write("text.txt", words(4000));
+  TinyModel dense{{.dtype = DType::Q8_0, .tied = false}, prepare};
+  TinyModel hybrid{{.dtype = DType::Q8_0, .tied = false, .seed = 2}, [this](TinyModel& m) {
+                     prepare(m);
+                     converter::self_route({0, 1}, false, 2)(m);
+                     m.set("moesaic.source_digest",
+                           models::GgufValue::string(converter::sha256_file(dense.path)));
+                   }};
+};
+
+TEST_F(RecoverOnCuda, DivergenceIsTheCpus) {
+  const std::string on_cpu = (folder.path() / "cpu.gguf").string();
+  const std::string on_gpu = (folder.path() / "gpu.gguf").string();
+  const ProgramRun cpu = run_program(line(on_cpu));
+  ASSERT_EQ(cpu.status, 0) << cpu.err;
+  std::vector<std::string> asked = line(on_gpu);
+  asked.insert(asked.end(), {"--device", "cuda"});
+  const ProgramRun gpu = run_program(asked);
+  ASSERT_EQ(gpu.status, 0) << gpu.err;
+  EXPECT_EQ(gpu.err, "");
+  const nlohmann::json a = recovery(on_cpu), b = recovery(on_gpu);
+  for (const char* kl : {"kl_start", "kl_trained", "kl_rounded", "kl_packed"}) {
+    const double expected = a[kl].get<double>();
+    EXPECT_NEAR(b[kl].get<double>(), expected, 0.02 * expected) << kl;
+  }
+  EXPECT_LT(b["kl_packed"], b["kl_start"]);
+  EXPECT_EQ(b["curve"].size(), a["curve"].size());
+  // And of the file, as anyone measures it.
+  const auto divergence = [&](const std::string& file) {
+    return run_program({"compare", dense.path.string(), file, "--data", text, "--n-ctx", "64", "-r",
+                        "1", "-o", "json", "-q"})
+        .json()["kl_mean"]
+        .get<double>();
+  };
+  const double expected = divergence(on_cpu);
+  EXPECT_NEAR(divergence(on_gpu), expected, 0.02 * expected);
+  EXPECT_LT(expected, divergence(hybrid.path.string()));
+}
+
+TEST_F(RecoverOnCuda, CutAndResumedGivesTheSameFile) {
+  const auto on_gpu = [&](const std::string& output) {
+    std::vector<std::string> asked = line(output, "2048", "0");
+    asked.insert(asked.end(), {"--device", "cuda:0", "--save-seconds", "0"});
+    std::erase(asked, "-q");
+    return asked;
+  };
+  const std::string whole = (folder.path() / "whole.gguf").string();
+  const std::string output = (folder.path() / "cut.gguf").string();
+  const ProgramRun uncut = run_program(on_gpu(whole));
+  ASSERT_EQ(uncut.status, 0) << uncut.err;
+  const ProgramRun cut = run_program_and_signal(on_gpu(output), "step 2 of", SIGKILL);
+  if (cut.status == 0) GTEST_SKIP() << "the training was over before the signal came";
+  std::vector<std::string> again = on_gpu(output);
+  again.insert(again.end(), {"--resume", "-q"});
+  const ProgramRun resumed = run_program(again);
+  ASSERT_EQ(resumed.status, 0) << resumed.err;
+  EXPECT_EQ(bytes(output), bytes(whole));
+  // The CPU rounds otherwise: it does not go on from there.
+  EXPECT_EQ(run_program_and_signal(on_gpu(output), "step 2 of", SIGKILL).status, 128 + SIGKILL);
+  again = line(output, "2048", "0");
+  again.push_back("--resume");
+  expect_one_line_error(run_program(again), 1, ".state");
+}
+
+// The layer-wise stage is the CPU's, so both begin alike.
+TEST_F(RecoverOnCuda, BestTrainsThere) {
+  const std::string on_cpu = (folder.path() / "cpu.gguf").string();
+  const std::string on_gpu = (folder.path() / "gpu.gguf").string();
+  std::vector<std::string> asked = {"convert",    dense.path.string(),
+                                    "-o",         on_cpu,
+                                    "--data",     text,
+                                    "--recipe",   "best",
+                                    "--tokens",   "512",
+                                    "--active",   "0.4",
+                                    "--held-out", "512",
+                                    "-t",         "2",
+                                    "-q",         "--recover-batch",
+                                    "512",        "--scale-tokens",
+                                    "512",        "--recover-tokens",
+                                    "512"};
+  const ProgramRun cpu = run_program(asked);
+  ASSERT_EQ(cpu.status, 0) << cpu.err;
+  asked[3] = on_gpu;
+  asked.insert(asked.end(), {"--device", "cuda"});
+  const ProgramRun gpu = run_program(asked);
+  ASSERT_EQ(gpu.status, 0) << gpu.err;
+  const nlohmann::json a = recovery(on_cpu), b = recovery(on_gpu);
+  EXPECT_EQ(b["tokens"], a["tokens"]);
+  EXPECT_NEAR(b["active_packed"].get<double>(), a["active_packed"].get<double>(), 0.02);
+  // Nats below what the teachers' own roundings make are not compared.
+  for (const char* kl : {"kl_start", "kl_packed"}) {
+    EXPECT_NEAR(std::sqrt(b[kl].get<double>()), std::sqrt(a[kl].get<double>()), 0.01) << kl;
+  }
+}
+
+TEST_F(RecoverOnCuda, NamesWhatRunsOnTheCpuAlone) {
+  const std::string output = (folder.path() / "better.gguf").string();
+  std::vector<std::string> asked = line(output);
+  asked.insert(asked.end(), {"--device", "cuda", "--train", "attention"});
+  expect_one_line_error(run_program(asked), 1, "the attention learns on the CPU alone");
+  const TinyModel low_rank({.dtype = DType::Q8_0, .moe_layers = {1}}, [this](TinyModel& m) {
+    prepare(m);
+    m.set("moesaic.source_digest", models::GgufValue::string(converter::sha256_file(dense.path)));
+  });
+  asked = line(output);
+  asked[2] = low_rank.path.string();
+  asked.insert(asked.end(), {"--device", "cuda"});
+  expect_one_line_error(run_program(asked), 1, "layer 1: expected a dense or a self-routed one");
+  expect_one_line_error(run_program({"convert", dense.path.string(), "-o", output, "--data", text,
+                                     "--device", "cuda", "-q"}),
+                        1, "--device: the recipe \"fast\" runs on the CPU alone");
 }
 
 }  // namespace

@@ -30,6 +30,10 @@ class Library {
                          const void*, const void*, cudaDataType, int, const void*, cudaDataType,
                          int, const void*, void*, cudaDataType, int, cublasComputeType_t,
                          cublasGemmAlgo_t);
+  cublasStatus_t (*gemm_batch)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int,
+                               const void*, const void*, cudaDataType, int, long long, const void*,
+                               cudaDataType, int, long long, const void*, void*, cudaDataType, int,
+                               long long, int, cublasComputeType_t, cublasGemmAlgo_t);
   decltype(&cublasGetStatusString) status_string;
 
  private:
@@ -46,6 +50,7 @@ class Library {
     load(set_stream, "cublasSetStream_v2");
     load(set_workspace, "cublasSetWorkspace_v2");
     load(gemm, "cublasGemmEx");
+    load(gemm_batch, "cublasGemmStridedBatchedEx");
     load(status_string, "cublasGetStatusString");
   }
   static std::string dlerror_text() {
@@ -77,24 +82,61 @@ Blas::Blas(const Stream& stream) : workspace_(kWorkspace) {
 
 Blas::~Blas() { Library::get().destroy(handle_); }
 
-void Blas::multiply(Bf16Matrix x, Bf16Matrix w, Matrix y, bool accumulate) {
+namespace {
+
+// Sizes of C = op(A) op(B) as cuBLAS counts them: to it our rows are columns, so that it is given
+// Cᵀ = op(B)ᵀ op(A)ᵀ, [n, m].
+struct Sizes {
+  int m, n, k, lda, ldb, ldc;
+};
+
+template <class T>
+Sizes sizes(bool trans_a, bool trans_b, MatrixView<const T> a, MatrixView<const T> b, Matrix c) {
+  const std::int64_t m = trans_a ? a.cols : a.rows, k = trans_a ? a.rows : a.cols;
+  const std::int64_t n = trans_b ? b.rows : b.cols;
+  require<ShapeError>((trans_b ? b.cols : b.rows) == k && c.rows == m && c.cols == n,
+                      "cuBLAS: [{}, {}]{} by [{}, {}]{} into [{}, {}], expected [{}, {}]", a.rows,
+                      a.cols, trans_a ? "ᵀ" : "", b.rows, b.cols, trans_b ? "ᵀ" : "", c.rows,
+                      c.cols, m, n);
   constexpr std::int64_t kMost = std::numeric_limits<int>::max();
-  require<ShapeError>(x.cols == w.cols && y.rows == x.rows && y.cols == w.rows,
-                      "cuBLAS: X [{}, {}] by W [{}, {}] into Y [{}, {}], expected Y [{}, {}]",
-                      x.rows, x.cols, w.rows, w.cols, y.rows, y.cols, x.rows, w.rows);
-  require<ShapeError>(x.rows <= kMost && w.rows <= kMost && x.stride <= kMost &&
-                          w.stride <= kMost && y.stride <= kMost,
-                      "cuBLAS: X [{}, {}] by W [{}, {}], expected sizes up to {}", x.rows, x.cols,
-                      w.rows, w.cols, kMost);
-  if (x.rows == 0 || w.rows == 0) return;
-  // To cuBLAS our rows are columns: Yᵀ [rows, n] = W Xᵀ.
+  for (const std::int64_t size : {m, n, k, a.stride, b.stride, c.stride}) {
+    require<ShapeError>(size <= kMost, "cuBLAS: a size of {}, expected up to {}", size, kMost);
+  }
+  const auto as_int = [](std::int64_t v) { return static_cast<int>(v); };
+  return {as_int(m), as_int(n), as_int(k), as_int(a.stride), as_int(b.stride), as_int(c.stride)};
+}
+
+cublasOperation_t operation(bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; }
+
+}  // namespace
+
+void Blas::multiply(Bf16Matrix x, Bf16Matrix w, Matrix y, bool accumulate) {
+  multiply(false, true, x, w, accumulate, y);
+}
+
+void Blas::multiply(bool trans_a, bool trans_b, Bf16Matrix a, Bf16Matrix b, bool accumulate,
+                    Matrix c) {
+  const Sizes s = sizes(trans_a, trans_b, a, b, c);
+  if (s.m == 0 || s.n == 0) return;
   const float one = 1, before = accumulate ? 1 : 0;
-  check(Library::get().gemm(handle_, CUBLAS_OP_T, CUBLAS_OP_N, static_cast<int>(w.rows),
-                            static_cast<int>(x.rows), static_cast<int>(x.cols), &one, w.data,
-                            CUDA_R_16BF, static_cast<int>(w.stride), x.data, CUDA_R_16BF,
-                            static_cast<int>(x.stride), &before, y.data, CUDA_R_32F,
-                            static_cast<int>(y.stride), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+  check(Library::get().gemm(handle_, operation(trans_b), operation(trans_a), s.n, s.m, s.k, &one,
+                            b.data, CUDA_R_16BF, s.ldb, a.data, CUDA_R_16BF, s.lda, &before, c.data,
+                            CUDA_R_32F, s.ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
         "product");
+}
+
+void Blas::multiply_batch(std::int64_t n, bool trans_a, bool trans_b, float alpha,
+                          Batch<const float> a, Batch<const float> b, bool accumulate,
+                          Batch<float> c) {
+  const Sizes s = sizes(trans_a, trans_b, a.first, b.first, c.first);
+  if (n == 0 || s.m == 0 || s.n == 0) return;
+  const float before = accumulate ? 1 : 0;
+  check(Library::get().gemm_batch(handle_, operation(trans_b), operation(trans_a), s.n, s.m, s.k,
+                                  &alpha, b.first.data, CUDA_R_32F, s.ldb, b.step, a.first.data,
+                                  CUDA_R_32F, s.lda, a.step, &before, c.first.data, CUDA_R_32F,
+                                  s.ldc, c.step, static_cast<int>(n), CUBLAS_COMPUTE_32F,
+                                  CUBLAS_GEMM_DEFAULT),
+        "products");
 }
 
 }  // namespace moesaic::cuda

@@ -29,6 +29,20 @@ class Blas {
   /// cuBLAS's. Allocates nothing: its workspace is its own. Throws DeviceError, ShapeError.
   void multiply(Bf16Matrix x, Bf16Matrix w, Matrix y, bool accumulate);
 
+  /// The same of C = op(A) op(B), op a transposition where asked for.   op(A) [m, k], op(B) [k, n],
+  /// C [m, n]
+  void multiply(bool trans_a, bool trans_b, Bf16Matrix a, Bf16Matrix b, bool accumulate, Matrix c);
+
+  /// Matrices of one shape, `step` elements from one to the next.
+  template <class T>
+  struct Batch {
+    MatrixView<T> first;
+    std::int64_t step = 0;
+  };
+  /// Queues n products of float32, C = alpha op(A) op(B) or C += alpha op(A) op(B).
+  void multiply_batch(std::int64_t n, bool trans_a, bool trans_b, float alpha, Batch<const float> a,
+                      Batch<const float> b, bool accumulate, Batch<float> c);
+
  private:
   cublasContext* handle_ = nullptr;
   DeviceBuffer<std::byte> workspace_;
