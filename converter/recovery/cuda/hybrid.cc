@@ -18,22 +18,6 @@ namespace {
 
 std::int64_t elements(const WeightView& w) { return w.rows * w.cols; }
 
-template <class T>
-void copy_in(std::span<const T> host, std::span<T> device, const cuda::Stream& stream) {
-  cuda::copy_bytes_in(reinterpret_cast<std::byte*>(device.data()), host.data(), host.size_bytes(),
-                      stream);
-}
-
-template <class T>
-void copy_out(std::span<const T> device, std::span<T> host, const cuda::Stream& stream) {
-  cuda::copy_bytes_out(host.data(), reinterpret_cast<const std::byte*>(device.data()),
-                       host.size_bytes(), stream);
-}
-
-void zero(std::span<float> part, const cuda::Stream& stream) {
-  cuda::zero_bytes(reinterpret_cast<std::byte*>(part.data()), part.size_bytes(), stream);
-}
-
 // The three matrices of a gated MLP: [d_ff, d_model] twice, [d_model, d_ff].
 std::array<const WeightView*, 3> matrices(const models::DenseMlp& mlp) {
   return {&mlp.w_gate, &mlp.w_up, &mlp.w_down};
@@ -84,7 +68,7 @@ CudaScratch::CudaScratch(const models::ModelConfig& c, std::int64_t n_rows, std:
   }
   const cuda::Stream stream;
   copy_in<std::int32_t>(places, positions, stream);
-  cuda::zero_bytes(reinterpret_cast<std::byte*>(ignored.data()), ignored.size_bytes(), stream);
+  zero(ignored, stream);
   stream.synchronize();
 }
 
@@ -233,7 +217,7 @@ void CudaHybrid::copy_weights(const models::Checkpoint& checkpoint) {
       for (std::size_t m = 0; m < 3; ++m) matrix(*parts[m], name + kNames[m], layers_[l].dense[m]);
     }
   }
-  cuda::zero_bytes(reinterpret_cast<std::byte*>(counts_.data()), counts_.size_bytes(), stream_);
+  zero(counts_, stream_);
 }
 
 void CudaHybrid::put() {

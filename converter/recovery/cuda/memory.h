@@ -1,11 +1,14 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <type_traits>
 
 #include "kernels/base/view.h"
 #include "kernels/cuda/base/arena.h"
+#include "kernels/cuda/base/stream.h"
 
 namespace moesaic::converter {
 
@@ -36,6 +39,26 @@ class DeviceParts {
   std::size_t bytes_ = 0;
   std::unique_ptr<cuda::Arena> arena_;
 };
+
+template <class T>
+auto* bytes(std::span<T> part) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const std::byte, std::byte>;
+  return reinterpret_cast<Byte*>(part.data());
+}
+
+/// Queued copies of whole parts; the host's memory stays until the stream was synchronised.
+template <class T>
+void copy_in(std::span<const T> host, std::span<T> device, const cuda::Stream& stream) {
+  cuda::copy_bytes_in(bytes(device), host.data(), host.size_bytes(), stream);
+}
+template <class T>
+void copy_out(std::span<const T> device, std::span<T> host, const cuda::Stream& stream) {
+  cuda::copy_bytes_out(host.data(), bytes(device), host.size_bytes(), stream);
+}
+template <class T>
+void zero(std::span<T> part, const cuda::Stream& stream) {
+  cuda::zero_bytes(bytes(part), part.size_bytes(), stream);
+}
 
 /// The first rows · cols elements as a matrix.
 template <class T>

@@ -13,17 +13,6 @@
 namespace moesaic::converter {
 namespace {
 
-template <class T>
-auto* bytes(std::span<T> part) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const std::byte, std::byte>;
-  return reinterpret_cast<Byte*>(part.data());
-}
-
-template <class T>
-void zero(std::span<T> part, const cuda::Stream& stream) {
-  cuda::zero_bytes(bytes(part), part.size_bytes(), stream);
-}
-
 // One tensor under Adam.
 struct Learns {
   AdamTensor* host;
