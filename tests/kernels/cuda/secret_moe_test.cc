@@ -89,6 +89,16 @@ TEST_F(SecretMoe, SharedAndBypassOfOtherDTypes) {
   kernels::expect_layer(other.view, x, run(layer, x), 32 * kEps);
 }
 
+// The sum that the experts' launch goes on from is then the bias's no longer.
+TEST_F(SecretMoe, SharedOfAnotherDTypeWithoutBypass) {
+  MoeLayer other({.experts = DType::Q8_0, .bypass_rank = 0});
+  other.shared = Packed(DType::Q4_1, 3 * 5, 96, 1, 0.2f);
+  other.view.shared = other.shared.view();
+  const DeviceLayer layer(other, stream);
+  const auto x = normal_values(96, 10);
+  kernels::expect_layer(other.view, x, run(layer, x), 32 * kEps);
+}
+
 TEST_F(SecretMoe, TiesPickLowestId) {
   const MoeLayer host({.router = DType::F32});
   DeviceLayer layer(host, stream);
