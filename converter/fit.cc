@@ -8,6 +8,7 @@
 
 #include "converter/linalg.h"
 #include "converter/rounding.h"
+#include "converter/rows.h"
 #include "converter/tiles.h"
 #include "kernels/base/error.h"
 #include "kernels/linear.h"
@@ -25,7 +26,7 @@ void masked_features(Context& ctx, const Student& s, ConstMatrix x, Matrix phi) 
   Matrix mask = take(ctx, x.rows, s.n_experts());
   neuron_activations(ctx, s.neurons, x, phi, take(ctx, x.rows, s.neurons.n));
   select(ctx, s, x, mask, mask);
-  parallel_rows(ctx, x.rows, [&](std::int64_t t) {
+  for_each_row(ctx, x.rows, [&](std::int64_t t, int) {
     float* row = phi.row(t) + n_shared;
     const float* m = mask.row(t);
     const float* mean = s.mean.data() + n_shared;
@@ -50,7 +51,7 @@ DMatrix input_factor(Context& ctx, const LayerSample& s) {
   AlignedBuffer<float> xx(static_cast<std::size_t>(d * d));
   for_tiles(ctx, std::min(kRouterRows, s.n_fit), [&](std::int64_t first, std::int64_t rows) {
     Matrix xw = take(ctx, rows, d);
-    parallel_rows(ctx, rows, [&](std::int64_t t) {
+    for_each_row(ctx, rows, [&](std::int64_t t, int) {
       const float root = std::sqrt(s.weight[static_cast<std::size_t>(first + t)]);
       for (std::int64_t i = 0; i < d; ++i) xw.row(t)[i] = root * s.x.row(first + t)[i];
     });
@@ -80,7 +81,7 @@ void fit_outputs(Context& ctx, Student& student, const LayerSample& s, double by
     // What is left of y after the start's own down rows: the fit then looks for their change.
     kernels::gemm(ctx, false, false, -1, {features.data, rows, n, f}, student.neurons.down(), 0,
                   target);
-    parallel_rows(ctx, rows, [&](std::int64_t t) {
+    for_each_row(ctx, rows, [&](std::int64_t t, int) {
       const float root = std::sqrt(s.weight[static_cast<std::size_t>(first + t)]);
       float* row = features.row(t);
       row[n] = 1;

@@ -8,6 +8,7 @@
 
 #include "converter/blocks.h"
 #include "converter/linalg.h"
+#include "converter/rows.h"
 #include "converter/tiles.h"
 #include "kernels/base/error.h"
 #include "kernels/linear.h"
@@ -98,9 +99,10 @@ void fit_router(Context& ctx, Student& out, const LayerSample& s, double ridge,
     const ConstMatrix x = s.x.slice(first, rows);
     const float* w = s.weight.data() + first;
     neuron_activations(ctx, out.neurons, x, h, take(ctx, rows, out.neurons.n));
-    parallel_rows(ctx, rows, [&](std::int64_t t) { contributions(out, norm, h.row(t), c.row(t)); });
+    for_each_row(ctx, rows,
+                 [&](std::int64_t t, int) { contributions(out, norm, h.row(t), c.row(t)); });
     if (share) share(x, h, c);
-    parallel_rows(ctx, rows, [&](std::int64_t t) {
+    for_each_row(ctx, rows, [&](std::int64_t t, int) {
       const float root = std::sqrt(w[t]);
       for (std::int64_t e = 0; e < n_experts; ++e) c.row(t)[e] *= root;
       for (std::int64_t i = 0; i < d; ++i) {
@@ -164,7 +166,7 @@ void group_neurons(Context& ctx, const Neurons& teacher, const LayerSample& s,
     Matrix c = take(ctx, rows, n);
     neuron_activations(ctx, teacher, s.x.slice(first, rows), h, take(ctx, rows, teacher.n));
     const float* w = s.weight.data() + first;
-    parallel_rows(ctx, rows, [&](std::int64_t t) {
+    for_each_row(ctx, rows, [&](std::int64_t t, int) {
       const double root = std::sqrt(w[t]);
       for (std::size_t i = 0; i < order.size(); ++i) {
         const auto neuron = static_cast<std::size_t>(order[i]);
@@ -248,7 +250,7 @@ void start_clones(Context& ctx, Student& s, const LayerSample& sample, double ri
   const std::int64_t n_planes = std::min(n_digits - 1, s.plan.router_rank);
   const Centred about(ctx, sample, std::min(kRouterRows, sample.n_fit));
   fit_router(ctx, s, sample, ridge, [&](ConstMatrix x, ConstMatrix h, Matrix c) {
-    parallel_rows(ctx, x.rows, [&](std::int64_t t) {
+    for_each_row(ctx, x.rows, [&](std::int64_t t, int) {
       std::size_t sides = 0;
       for (std::int64_t p = 0; p < n_planes; ++p) {
         double at = 0;
@@ -273,8 +275,8 @@ void start_clones(Context& ctx, Student& s, const LayerSample& sample, double ri
     fit_router(ctx, s, sample, ridge, [&](ConstMatrix x, ConstMatrix, Matrix c) {
       const Matrix scores = take(ctx, x.rows, before.n_experts());
       router_scores(ctx, before, x, scores);
-      parallel_rows(ctx, x.rows,
-                    [&](std::int64_t t) { leave_to_winners(before, scores.row(t), c.row(t)); });
+      for_each_row(ctx, x.rows,
+                   [&](std::int64_t t, int) { leave_to_winners(before, scores.row(t), c.row(t)); });
     });
   }
 }

@@ -38,16 +38,6 @@ void for_tiles(Context& ctx, std::int64_t n_rows, Fn&& fn) {
   }
 }
 
-// fn(row) for every row, split over the threads.
-template <class Fn>
-void parallel_rows(Context& ctx, std::int64_t n_rows, Fn&& fn) {
-  const int n_threads = ctx.pool.n_threads();
-  ctx.pool.run([&](int thread) {
-    const Range rows = split(n_rows, n_threads, thread);
-    for (std::int64_t r = rows.begin; r < rows.end; ++r) fn(r);
-  });
-}
-
 // sums[j] += Σ_t weight[t] · f(m[t, j]), each thread its own columns, in row order.
 template <class F>
 void add_columns(Context& ctx, ConstMatrix m, const float* weight, std::span<double> sums, F&& f) {

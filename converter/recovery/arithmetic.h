@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <span>
 
+#include "converter/rows.h"
 #include "kernels/activation.h"
 #include "kernels/base/aligned_buffer.h"
 #include "kernels/base/context.h"
@@ -96,16 +97,6 @@ MatrixView<const T> matrix(const AlignedBuffer<T>& b, std::int64_t rows, std::in
 template <class T>
 MatrixView<const T> constant(MatrixView<T> m) {
   return m;
-}
-
-/// fn(row, thread) for all rows, on all threads.
-template <class Fn>
-void for_each_row(Context& ctx, std::int64_t n_rows, Fn&& fn) {
-  const int n_threads = ctx.pool.n_threads();
-  ctx.pool.run([&](int thread) {
-    const Range rows = split(n_rows, n_threads, thread);
-    for (std::int64_t t = rows.begin; t < rows.end; ++t) fn(t, thread);
-  });
 }
 
 /// A matrix as an operand, on all threads.

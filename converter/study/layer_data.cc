@@ -6,6 +6,7 @@
 #include <random>
 
 #include "converter/fit.h"
+#include "converter/rows.h"
 #include "converter/stream.h"
 #include "kernels/base/error.h"
 #include "kernels/linear.h"
@@ -16,15 +17,6 @@ namespace {
 constexpr std::int64_t kTile = 2048;  // rows per product
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
-
-template <class Fn>
-void for_rows(Context& ctx, std::int64_t n, Fn&& fn) {
-  const int n_threads = ctx.pool.n_threads();
-  ctx.pool.run([&](int thread) {
-    const Range rows = split(n, n_threads, thread);
-    for (std::int64_t t = rows.begin; t < rows.end; ++t) fn(t);
-  });
-}
 
 double squared_length(const float* row, std::int64_t n) {
   double sum = 0;
@@ -48,7 +40,7 @@ bool normalise(Context& ctx, LayerData& data) {
   const std::vector<double> mean = data.mean_output();
   std::vector<double> by_row(size(data.n_fit));
   std::vector<double> square(by_row.size());
-  for_rows(ctx, data.n_fit, [&](std::int64_t t) {
+  for_each_row(ctx, data.n_fit, [&](std::int64_t t, int) {
     double sum = 0;
     for (std::int64_t j = 0; j < data.d_model; ++j) {
       const double gap = fitted.row(t)[j] - mean[size(j)];
@@ -61,7 +53,7 @@ bool normalise(Context& ctx, LayerData& data) {
   if (!(variance > 1e-10 * std::accumulate(square.begin(), square.end(), 0.0))) return false;
   data.y_scale = std::sqrt(variance / static_cast<double>(data.n_fit * data.d_model));
   const auto inverse = static_cast<float>(1 / data.y_scale);
-  for_rows(ctx, data.n_tokens(), [&](std::int64_t t) {
+  for_each_row(ctx, data.n_tokens(), [&](std::int64_t t, int) {
     float* row = data.y.data() + t * data.d_model;
     for (std::int64_t j = 0; j < data.d_model; ++j) row[j] *= inverse;
   });
@@ -123,7 +115,7 @@ void finish_layer(Context& ctx, LayerData& data, std::int64_t n_ctx, std::string
   data.n_choose = n_choose * n_ctx;
 
   std::vector<double> length(data.sink.size());
-  for_rows(ctx, data.n_tokens(), [&](std::int64_t t) {
+  for_each_row(ctx, data.n_tokens(), [&](std::int64_t t, int) {
     length[size(t)] = squared_length(data.outputs().row(t), data.d_model) +
                       0 * squared_length(data.inputs().row(t), data.d_model);  // NaN if either is
   });
@@ -189,7 +181,7 @@ Gaussian fit_gaussian(Context& ctx, ConstMatrix x) {
     const Workspace::Scope scope(ctx.workspace);
     const std::int64_t rows = std::min(kTile, x.rows - first);
     const Matrix centred(ctx.workspace.take<float>(size(rows * d)).data(), rows, d);
-    for_rows(ctx, rows, [&](std::int64_t t) {
+    for_each_row(ctx, rows, [&](std::int64_t t, int) {
       for (std::int64_t j = 0; j < d; ++j) {
         centred.row(t)[j] = static_cast<float>(x.row(first + t)[j] - out.mean[size(j)]);
       }
@@ -222,7 +214,7 @@ void sample_gaussian(Context& ctx, const Gaussian& gaussian, std::uint64_t seed,
     const Workspace::Scope scope(ctx.workspace);
     const std::int64_t rows = std::min(kTile, x.rows - first);
     const Matrix z(ctx.workspace.take<float>(size(rows * d)).data(), rows, d);
-    for_rows(ctx, rows, [&](std::int64_t t) {
+    for_each_row(ctx, rows, [&](std::int64_t t, int) {
       const auto row = static_cast<std::uint64_t>(first + t);
       std::seed_seq seeds{static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32U),
                           static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(row >> 32U)};
