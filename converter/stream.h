@@ -36,7 +36,7 @@ class Stream {
   std::int64_t d_model_;
   std::int64_t n_ctx_;
   AlignedBuffer<float> r_;                       // [n_tokens, d_model]
-  engine::KvCache cache_;                        // one layer of kWindows windows
+  engine::HostKvCache cache_;                        // one layer of kWindows windows
   std::vector<std::int32_t> slots_, positions_;  // places of kWindows windows
 };
 
