@@ -39,12 +39,6 @@ std::shared_ptr<const Checkpoint> on_device(std::shared_ptr<const Checkpoint> ch
   return checkpoint;
 }
 
-std::shared_ptr<float> allocate_device_kv(std::int64_t bytes) {
-  const auto memory =
-      std::make_shared<cuda::DeviceBuffer<float>>(static_cast<std::size_t>(bytes) / sizeof(float));
-  return {memory, memory->data()};
-}
-
 Matrix matrix(std::span<float> data, std::int64_t rows, std::int64_t cols) {
   return {data.data(), rows, cols};
 }
@@ -145,9 +139,9 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
 CudaTransformer::CudaTransformer(std::shared_ptr<const Checkpoint> checkpoint, int device)
     : checkpoint_(on_device(std::move(checkpoint), device)), weights_(*checkpoint_, stream_) {}
 
-engine::KvCache CudaTransformer::make_cache(std::int64_t n_slots, std::int64_t capacity) const {
-  const ModelConfig& c = config();
-  return {c.n_layers, n_slots, capacity, c.n_kv_heads, c.head_dim, allocate_device_kv};
+std::unique_ptr<engine::KvCache> CudaTransformer::make_cache(std::int64_t n_slots,
+                                                             std::int64_t capacity) const {
+  return std::make_unique<CudaKvCache>(shape(), n_slots, capacity);
 }
 
 void CudaTransformer::reserve(const PassShape& pass) {
@@ -194,7 +188,8 @@ void CudaTransformer::run(const engine::Batch& batch, engine::KvCache& cache,
   const auto n_rows = static_cast<std::int64_t>(batch.tokens.size());
   const auto n_outputs = static_cast<std::int64_t>(batch.outputs.size());
   engine::check_batch(batch, shape(), cache);
-  require<ShapeError>(cache.allocator() == allocate_device_kv,
+  auto* paged = dynamic_cast<CudaKvCache*>(&cache);
+  require<ShapeError>(paged != nullptr,
                       "KV cache in the host's memory, expected one of make_cache()");
   for (std::size_t t = 0; t < batch.tokens.size(); ++t) {
     require<InputError>(batch.tokens[t] >= 0 && batch.tokens[t] < config().vocab_size,
@@ -208,11 +203,11 @@ void CudaTransformer::run(const engine::Batch& batch, engine::KvCache& cache,
   const PassShape pass{n_rows,
                        n_outputs,
                        std::min(std::max(bucket, kMinPositions), cache.capacity()),
-                       cache.layer(0).keys,
-                       cache.capacity(),
-                       cache.n_slots(),
+                       paged->layer(0).pages,
+                       paged->layer(0).pages_per_slot,
                        !draws.empty()};
   reserve(pass);
+  paged->reach(batch, stream_);
   std::int32_t* to = buffers_.host_rows.span().data();
   for (const auto& part : {batch.tokens, batch.slots, batch.positions}) {
     to = std::ranges::copy(part, to).out;
@@ -222,18 +217,18 @@ void CudaTransformer::run(const engine::Batch& batch, engine::KvCache& cache,
     auto graph = graphs_.find(pass);
     if (graph == graphs_.end()) {
       if (graphs_.size() >= kMaxGraphs) graphs_.clear();
-      cuda::Graph captured(stream_, [&] { queue(pass, batch.outputs, cache); });
+      cuda::Graph captured(stream_, [&] { queue(pass, batch.outputs, *paged); });
       graph = graphs_.emplace(pass, std::move(captured)).first;
     }
     graph->second.launch(stream_);
   } else {
-    queue(pass, batch.outputs, cache);
+    queue(pass, batch.outputs, *paged);
   }
   stream_.synchronize();
 }
 
 void CudaTransformer::queue(const PassShape& pass, std::span<const std::int32_t> outputs,
-                            engine::KvCache& cache) {
+                            const CudaKvCache& cache) {
   const ModelConfig& c = config();
   Buffers& b = buffers_;
   const auto n_ints = static_cast<std::size_t>(3 * pass.n_rows);
@@ -291,7 +286,7 @@ void CudaTransformer::queue_products(std::span<const cuda::Product> products) {
 
 // t = post_attn_norm?(W_o attention(rope(q_norm?(W_q n)), …)).
 void CudaTransformer::queue_attention(int layer, const PassShape& pass,
-                                      const kernels::KvLayerView& cache) {
+                                      const cuda::PagedKv& cache) {
   const ModelConfig& c = config();
   const Buffers& b = buffers_;
   const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
