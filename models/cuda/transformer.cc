@@ -85,6 +85,8 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
                                   std::int64_t positions_wanted, const cuda::Stream& stream)
     : n_rows(rows_wanted), n_outputs(outputs_wanted), max_positions(positions_wanted) {
   std::size_t moe_bytes = 0, moe_batch_bytes = 0, self_routed_bytes = 0, mixture_bytes = 0;
+  // Of dense products, and of batches of self-routed layers: neither leaves anything in it.
+  std::size_t gemm_bytes = n_rows > kGraphRows ? products_workspace(weights, n_rows, n_outputs) : 0;
   std::int64_t n_selected = 0;
   for (const LayerWeights& layer : weights.layers) {
     if (const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
@@ -95,12 +97,13 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
       n_selected = std::max(n_selected, moe->n_active);
     } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
       self_routed_bytes = std::max(self_routed_bytes, cuda::self_routed_workspace(*self));
+      if (n_rows > kGraphRows) {
+        gemm_bytes = std::max(gemm_bytes, cuda::self_routed_batch_workspace(*self, n_rows));
+      }
     } else if (const auto* general = std::get_if<kernels::MixtureView>(&layer.mlp)) {
       mixture_bytes = std::max(mixture_bytes, cuda::mixture_workspace(*general));
     }
   }
-  const std::size_t gemm_bytes =
-      n_rows > kGraphRows ? products_workspace(weights, n_rows, n_outputs) : 0;
   const cuda::AttentionShape shape{c.n_heads, 0, 0, max_positions};
   const std::size_t attention_bytes =
       cuda::attention_workspace(shape, std::min(n_rows, kAttentionRows), c.head_dim);
@@ -343,7 +346,11 @@ void CudaTransformer::queue_mlp(int layer, std::int64_t n_rows) {
     const cuda::Product down{dense->w_down, gate, nullptr, t};
     queue_products({&down, 1});
   } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&w.mlp)) {
-    cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
+    if (n_rows > kGraphRows) {
+      cuda::self_routed_batch(*blas_, *self, n, t, b.gemm.data(), stream_);
+    } else {
+      cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
+    }
   } else if (const auto* general = std::get_if<kernels::MixtureView>(&w.mlp)) {
     cuda::mixture(*general, n, t, nullptr, nullptr, b.mixture.data(), stream_);
   } else {

@@ -25,9 +25,9 @@ namespace moesaic::models {
 /// row that was drawn from them. Other batches are queued kernel by kernel.
 ///
 /// Up to 64 rows all is float32: rows beyond 8 read the weights again for each 8. Larger batches,
-/// prompts that is, go through tensor cores, operands rounded to bfloat16: dense products through
-/// cuBLAS, which is loaded with the first of them, attention, and secret-MoE layers. A row's result
-/// depends on how many others come with it only as far as that.
+/// prompts that is, go through tensor cores, operands rounded to bfloat16: dense products and
+/// self-routed layers through cuBLAS, which is loaded with the first of them, attention, and
+/// secret-MoE layers. A row's result depends on how many others come with it only as far as that.
 class CudaTransformer : public engine::Decoder {
  public:
   /// Copies the checkpoint's weights to GPU `device`. Throws DeviceError; ShapeError for d_model,

@@ -154,5 +154,36 @@ class TrafficSelfRouted : public Traffic {
 TEST_F(TrafficSelfRouted, ByGate) { run(false); }
 TEST_F(TrafficSelfRouted, ByInput) { run(true); }
 
+// Beside cuBLAS: each matrix unpacked once, x read once and rounded, gate and up sums to h.
+class TrafficSelfRoutedBatch : public Traffic {
+ protected:
+  void run(DType dtype, bool up_by_input) {
+    constexpr std::int64_t kModel = 576, kFf = 1536, kTokens = 80;
+    const kernels::SelfRoutedLayer host({.gate = dtype,
+                                         .up = dtype,
+                                         .down = dtype,
+                                         .d_model = kModel,
+                                         .d_ff = kFf,
+                                         .up_by_input = up_by_input,
+                                         .packed = false});
+    const DeviceSelfRouted layer(host.view, stream);
+    const DeviceBuffer<std::byte> workspace(self_routed_batch_workspace(layer.view, kTokens));
+    const DeviceMatrix x(normal_values(size(kTokens * kModel), 10), kTokens, kModel, stream),
+        y(kTokens, kModel);
+    Blas blas(stream);
+    self_routed_batch(blas, layer.view, x.view(), y.view(), workspace.data(), stream);
+    const std::int64_t weights = 3 * host.view.w_gate.bytes() + 3 * 2 * kModel * kFf;
+    const std::int64_t inputs = kTokens * kModel * (4 + (up_by_input ? 2 : 4)) + 4 * kModel;
+    const std::int64_t hidden = kTokens * kFf * (8 + 2) + 4 * kFf * (up_by_input ? 1 : 2);
+    state_minimum("hidden_kernel", weights + inputs + hidden);
+  }
+};
+
+TEST_F(TrafficSelfRoutedBatch, Q4_1ByGate) { run(DType::Q4_1, false); }
+TEST_F(TrafficSelfRoutedBatch, Q4_0ByInput) { run(DType::Q4_0, true); }
+TEST_F(TrafficSelfRoutedBatch, Q8_0ByInput) { run(DType::Q8_0, true); }
+TEST_F(TrafficSelfRoutedBatch, BF16ByInput) { run(DType::BF16, true); }
+TEST_F(TrafficSelfRoutedBatch, F32ByGate) { run(DType::F32, false); }
+
 }  // namespace
 }  // namespace moesaic::cuda
