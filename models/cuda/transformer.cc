@@ -125,6 +125,7 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
     take(selected, n_rows > kGraphRows ? n_rows : 1, n_selected);
     take(draws, n_outputs, 1);
     take(ids, n_outputs, 1);
+    take(sample, 1, static_cast<std::int64_t>(cuda::sample_workspace(n_outputs)));
     take(attention, 1, static_cast<std::int64_t>(attention_bytes));
     take(gemm, 1, static_cast<std::int64_t>(gemm_bytes));
     take(mixture, 1, static_cast<std::int64_t>(mixture_bytes));
@@ -136,7 +137,7 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
   divide();
   arena = std::make_shared<cuda::Arena>(bytes);
   divide();
-  for (const auto part : {moe, moe_batch, self_routed}) {
+  for (const auto part : {sample, moe, moe_batch, self_routed}) {
     cuda::zero_bytes(part.data(), part.size(), stream);
   }
   host_rows = cuda::PinnedBuffer<std::int32_t>(rows.size());
@@ -279,7 +280,7 @@ void CudaTransformer::queue(const PassShape& pass, std::span<const std::int32_t>
   }
   cuda::copy_bytes_in(reinterpret_cast<std::byte*>(b.draws.data()), b.host_draws.span().data(),
                       out * sizeof(kernels::Draw), stream_);
-  cuda::sample(logits, b.draws.data(), b.ids.data(), stream_);
+  cuda::sample(logits, b.draws.data(), b.ids.data(), b.sample.data(), stream_);
   cuda::copy_bytes_out(b.host_ids.span().data(), reinterpret_cast<std::byte*>(b.ids.data()),
                        out * sizeof(std::int32_t), stream_);
 }

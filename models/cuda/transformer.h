@@ -73,7 +73,8 @@ class CudaTransformer : public engine::Decoder {
     std::span<std::int32_t> selected;  // of one layer: [rows at once, n_active]
     std::span<kernels::Draw> draws;    // [n_outputs]
     std::span<std::int32_t> ids;       // [n_outputs]
-    std::span<std::byte> attention, gemm, mixture, moe, moe_batch, self_routed;  // workspaces
+    // Workspaces.
+    std::span<std::byte> attention, gemm, mixture, moe, moe_batch, self_routed, sample;
     cuda::PinnedBuffer<std::int32_t> host_rows;
     cuda::PinnedBuffer<float> host_logits;
     cuda::PinnedBuffer<kernels::Draw> host_draws;
