@@ -112,6 +112,17 @@ TEST_F(Sample, NanAndInfinities) {
   expect_the_samplers({-1000, 0, -2000, 1000}, options(1, 3, 1, 0));
 }
 
+TEST_F(Sample, NanBetweenManyNumbers) {
+  std::vector<float> logits = normal_values(3000, 15, 2);
+  for (std::size_t i = 0; i < logits.size(); i += 3) logits[i] = kNan;
+  logits[256] = 9;  // of a thread that begins with NaN
+  expect_the_samplers(logits, options(0, 0, 1, 0), 1);
+  for (const int k : {0, 40, 1999, 2000, 2001, 2999}) {  // 2000 numbers
+    expect_the_samplers(logits, options(2, k, 1, 0), 3);
+    expect_the_samplers(logits, options(2, k, 0.9F, 0), 3);
+  }
+}
+
 TEST_F(Sample, RowsOfTheirOwn) {
   const std::vector<engine::SamplingOptions> each = {
       options(0, 0, 1, 0), options(1, 40, 0.95F, 0.05F), options(0.7F, 0, 0.9F, 0),
