@@ -22,12 +22,12 @@ constexpr float kSteps = 8;      // to a factor e of likelihood
 constexpr unsigned kListed = 4096;  // candidates that one block searches in shared memory
 static_assert(kMaxParts <= kDigits);
 
-// What the blocks of a row tell each other.
-struct Row {
+// What the blocks of a row tell each other; whole sectors.
+struct alignas(32) Row {
   // Zero between calls.
-  U64 first;                // rank of the largest logit
   U64 mass[kDigits];        // of the likelihoods in each step, or
   unsigned count[kDigits];  // how many there are
+  U64 first;                // rank of the largest logit
   unsigned n_listed, done;
   // Written before they are read.
   U64 of_part[kMaxParts];  // sum of likelihoods

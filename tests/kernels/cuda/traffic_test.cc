@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/prompt_attention.h"
+#include "kernels/cuda/sample.h"
 #include "kernels/cuda/secret_moe.h"
 #include "tests/kernels/cuda/attention_case.h"
 #include "tests/kernels/cuda/device_layer.h"
@@ -80,6 +81,28 @@ class TrafficPromptAttention : public Traffic {
 
 TEST_F(TrafficPromptAttention, SmolLM2) { run(9, 3, 64); }
 TEST_F(TrafficPromptAttention, Gemma) { run(4, 1, 256); }
+
+// One row of logits, read once; blocks tell each other little.
+class TrafficSample : public Traffic {
+ protected:
+  void run(std::int64_t vocab_size, const kernels::Draw& draw) {
+    const DeviceMatrix logits(normal_values(size(vocab_size), 1, 3), 1, vocab_size, stream);
+    const auto draws = on_device(std::vector<kernels::Draw>{draw}, stream);
+    const DeviceBuffer<std::int32_t> ids(1);
+    const DeviceBuffer<std::byte> workspace(sample_workspace(1));
+    zero_bytes(workspace.data(), workspace.size(), stream);
+    sample(logits.view(), draws.data(), ids.data(), workspace.data(), stream);
+    state_minimum("sample_kernel", 4 * vocab_size + 24 + 4);
+  }
+  static constexpr kernels::Draw kTopK{0.8F, 40, 0.95F, 0.05F, 0.3}, kAll{0.8F, 0, 1, 0, 0.3};
+};
+
+TEST_F(TrafficSample, Greedy) { run(49152, {}); }
+// Counted, not checked: few stores (counts, candidates) and the search of a part's runs do not fill
+// the sectors that they touch.
+TEST_F(TrafficSample, TopK) { run(49152, kTopK); }
+TEST_F(TrafficSample, Whole) { run(49152, kAll); }
+TEST_F(TrafficSample, GemmaTopK) { run(262144, kTopK); }
 
 // Bytes of the sectors that [begin, end) touches.
 std::int64_t sector_bytes(std::int64_t begin, std::int64_t end) {
