@@ -79,6 +79,8 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
                                   std::int64_t positions_wanted, const cuda::Stream& stream)
     : n_rows(rows_wanted), n_outputs(outputs_wanted), max_positions(positions_wanted) {
   std::size_t moe_bytes = 0, moe_batch_bytes = 0, self_routed_bytes = 0, mixture_bytes = 0;
+  // Of dense products, and of batches of self-routed layers: neither leaves anything in it.
+  std::size_t gemm_bytes = n_rows > kGraphRows ? products_workspace(weights, n_rows, n_outputs) : 0;
   std::int64_t n_selected = 0;
   for (const LayerWeights& layer : weights.layers) {
     if (const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
@@ -89,12 +91,13 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
       n_selected = std::max(n_selected, moe->n_active);
     } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
       self_routed_bytes = std::max(self_routed_bytes, cuda::self_routed_workspace(*self));
+      if (n_rows > kGraphRows) {
+        gemm_bytes = std::max(gemm_bytes, cuda::self_routed_batch_workspace(*self, n_rows));
+      }
     } else if (const auto* general = std::get_if<kernels::MixtureView>(&layer.mlp)) {
       mixture_bytes = std::max(mixture_bytes, cuda::mixture_workspace(*general));
     }
   }
-  const std::size_t gemm_bytes =
-      n_rows > kGraphRows ? products_workspace(weights, n_rows, n_outputs) : 0;
   const cuda::AttentionShape shape{c.n_heads, 0, 0, max_positions};
   const std::size_t attention_bytes =
       cuda::attention_workspace(shape, std::min(n_rows, kAttentionRows), c.head_dim);
@@ -116,6 +119,7 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
     take(selected, n_rows > kGraphRows ? n_rows : 1, n_selected);
     take(draws, n_outputs, 1);
     take(ids, n_outputs, 1);
+    take(sample, 1, static_cast<std::int64_t>(cuda::sample_workspace(n_outputs)));
     take(attention, 1, static_cast<std::int64_t>(attention_bytes));
     take(gemm, 1, static_cast<std::int64_t>(gemm_bytes));
     take(mixture, 1, static_cast<std::int64_t>(mixture_bytes));
@@ -127,7 +131,7 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
   divide();
   arena = std::make_shared<cuda::Arena>(bytes);
   divide();
-  for (const auto part : {moe, moe_batch, self_routed}) {
+  for (const auto part : {sample, moe, moe_batch, self_routed}) {
     cuda::zero_bytes(part.data(), part.size(), stream);
   }
   host_rows = cuda::PinnedBuffer<std::int32_t>(rows.size());
@@ -271,7 +275,7 @@ void CudaTransformer::queue(const PassShape& pass, std::span<const std::int32_t>
   }
   cuda::copy_bytes_in(reinterpret_cast<std::byte*>(b.draws.data()), b.host_draws.span().data(),
                       out * sizeof(kernels::Draw), stream_);
-  cuda::sample(logits, b.draws.data(), b.ids.data(), stream_);
+  cuda::sample(logits, b.draws.data(), b.ids.data(), b.sample.data(), stream_);
   cuda::copy_bytes_out(b.host_ids.span().data(), reinterpret_cast<std::byte*>(b.ids.data()),
                        out * sizeof(std::int32_t), stream_);
 }
@@ -338,7 +342,11 @@ void CudaTransformer::queue_mlp(int layer, std::int64_t n_rows) {
     const cuda::Product down{dense->w_down, gate, nullptr, t};
     queue_products({&down, 1});
   } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&w.mlp)) {
-    cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
+    if (n_rows > kGraphRows) {
+      cuda::self_routed_batch(*blas_, *self, n, t, b.gemm.data(), stream_);
+    } else {
+      cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
+    }
   } else if (const auto* general = std::get_if<kernels::MixtureView>(&w.mlp)) {
     cuda::mixture(*general, n, t, nullptr, nullptr, b.mixture.data(), stream_);
   } else {

@@ -26,9 +26,9 @@ namespace moesaic::models {
 /// row that was drawn from them. Other batches are queued kernel by kernel.
 ///
 /// Up to 64 rows all is float32: rows beyond 8 read the weights again for each 8. Larger batches,
-/// prompts that is, go through tensor cores, operands rounded to bfloat16: dense products through
-/// cuBLAS, which is loaded with the first of them, attention, and secret-MoE layers. A row's result
-/// depends on how many others come with it only as far as that.
+/// prompts that is, go through tensor cores, operands rounded to bfloat16: dense products and
+/// self-routed layers through cuBLAS, which is loaded with the first of them, attention, and
+/// secret-MoE layers. A row's result depends on how many others come with it only as far as that.
 class CudaTransformer : public engine::Decoder {
  public:
   /// Copies the checkpoint's weights to GPU `device`. Throws DeviceError; ShapeError for d_model,
@@ -74,7 +74,8 @@ class CudaTransformer : public engine::Decoder {
     std::span<std::int32_t> selected;  // of one layer: [rows at once, n_active]
     std::span<kernels::Draw> draws;    // [n_outputs]
     std::span<std::int32_t> ids;       // [n_outputs]
-    std::span<std::byte> attention, gemm, mixture, moe, moe_batch, self_routed;  // workspaces
+    // Workspaces.
+    std::span<std::byte> attention, gemm, mixture, moe, moe_batch, self_routed, sample;
     cuda::PinnedBuffer<std::int32_t> host_rows;
     cuda::PinnedBuffer<float> host_logits;
     cuda::PinnedBuffer<kernels::Draw> host_draws;
