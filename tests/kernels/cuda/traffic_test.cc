@@ -94,7 +94,8 @@ class TrafficSample : public Traffic {
     sample(logits.view(), draws.data(), ids.data(), workspace.data(), stream);
     state_minimum("sample_kernel", 4 * vocab_size + 24 + 4);
   }
-  static constexpr kernels::Draw kTopK{0.8F, 40, 0.95F, 0.05F, 0.3}, kAll{0.8F, 0, 1, 0, 0.3};
+  static constexpr kernels::Draw kTopK{0.8F, 40, 0.95F, 0.05F, 0.3}, kAll{0.8F, 0, 1, 0, 0.3},
+      kTopP{0.8F, 0, 0.95F, 0, 0.3};
 };
 
 TEST_F(TrafficSample, Greedy) { run(49152, {}); }
@@ -102,7 +103,11 @@ TEST_F(TrafficSample, Greedy) { run(49152, {}); }
 // the sectors that they touch.
 TEST_F(TrafficSample, TopK) { run(49152, kTopK); }
 TEST_F(TrafficSample, Whole) { run(49152, kAll); }
+TEST_F(TrafficSample, TopP) { run(49152, kTopP); }
+TEST_F(TrafficSample, GemmaGreedy) { run(262144, {}); }
 TEST_F(TrafficSample, GemmaTopK) { run(262144, kTopK); }
+TEST_F(TrafficSample, GemmaWhole) { run(262144, kAll); }
+TEST_F(TrafficSample, GemmaTopP) { run(262144, kTopP); }
 
 // Bytes of the sectors that [begin, end) touches.
 std::int64_t sector_bytes(std::int64_t begin, std::int64_t end) {
