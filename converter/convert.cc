@@ -76,6 +76,8 @@ nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::str
     j["passes"] = o.passes;
     j["layers"] = o.layers;
   }
+  // Other sums: another conversion.
+  if (job.recipe.method == Method::LowRank && o.distillation) j["device"] = "cuda";
   if (job.recover.tokens > 0) {
     j["recover"] = nlohmann::ordered_json::parse(options_json(job.recover));
   }
@@ -172,9 +174,11 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   const auto tokenizer = models::load_tokenizer(*checkpoint->file);
   Job job{
       options, recipe, options.tokens > 0 ? options.tokens : recipe.tokens, {}, options.recover};
-  require<InputError>(recipe.recover_tokens > 0 || !options.recover.device,
-                      "--device: the recipe \"{}\" runs on the CPU alone, \"best\" trains on CUDA",
-                      recipe.name);
+  require<InputError>(
+      recipe.recover_tokens > 0 || recipe.method == Method::LowRank || !options.recover.device,
+      "--device: the recipe \"{}\" runs on the CPU alone, \"best\" trains and "
+      "\"low-rank\" distills on CUDA",
+      recipe.name);
   require<InputError>(recipe.recover_tokens > 0 || options.recover.tokens == 0,
                       "--recover-tokens: the recipe \"{}\" does not recover, \"best\" does",
                       recipe.name);

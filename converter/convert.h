@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "converter/device_distillation.h"
 #include "converter/recovery/recover.h"
 #include "converter/self_routed/shares.h"
 #include "engine/monitor.h"
@@ -38,6 +39,7 @@ struct ConvertOptions {
   std::vector<int> layers;     // to convert, the others stay dense; empty: all
   std::int64_t block = 1;      // neurons of an expert ("low-rank")
   double passes = 0;           // over the activations ("peer", …); 0: the recipe's
+  MakeDeviceDistillation distillation;  // where "low-rank" distills; empty: on the CPU
 };
 
 /// One layer of the report.

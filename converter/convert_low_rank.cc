@@ -93,7 +93,8 @@ class Conversion {
         d_(model.config().d_model),
         n_fit_(n_ - std::max<std::int64_t>(1, calibration.n_windows() / 16) * calibration.n_ctx),
         x_(static_cast<std::size_t>(n_ * d_)),
-        y_(x_.size()) {}
+        y_(x_.size()),
+        device_(job.options.distillation ? job.options.distillation() : nullptr) {}
 
   // A layer that was converted before, or stays dense: both streams move on.
   void pass(int layer, const SavedLayer& saved) {
@@ -165,7 +166,11 @@ class Conversion {
     const std::int64_t steps = distill_steps(options, n_fit_);
     if (steps == 0) return packed;
     stage("distill", steps, costs.distill);
-    distill(ctx_, student, sample, options, monitor);
+    if (device_ != nullptr) {
+      device_->distill(ctx_, student, sample, options, monitor);
+    } else {
+      distill(ctx_, student, sample, options, monitor);
+    }
     // Round what the features depend on, then fit once more what comes after them: the rounding is
     // so made up for.
     stage("fit the outputs again", 1, costs.refit);
@@ -217,8 +222,9 @@ class Conversion {
   std::int64_t n_;
   std::int64_t d_;
   std::int64_t n_fit_;
-  AlignedBuffer<float> x_;  // [n, d_model] the hybrid's MLP inputs
-  AlignedBuffer<float> y_;  // [n, d_model] outputs wanted, then the layer's own
+  AlignedBuffer<float> x_;                      // [n, d_model] the hybrid's MLP inputs
+  AlignedBuffer<float> y_;                      // [n, d_model] outputs wanted, then the layer's own
+  std::unique_ptr<DeviceDistillation> device_;  // or null: distilled here
 };
 
 }  // namespace

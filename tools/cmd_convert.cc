@@ -143,6 +143,7 @@ void convert(Options& options) {
   if (!options.expert_type.empty()) convert.expert_dtype = dtype_from_name(options.expert_type);
   if (!options.router_type.empty()) convert.router_dtype = dtype_from_name(options.router_type);
   convert.recover.device = make_device_training(options.run.device);
+  convert.distillation = make_device_distillation(options.run.device);
 
   Runtime runtime(options.run);
   Progress progress(options.run.quiet);
@@ -233,7 +234,7 @@ void add_convert(CLI::App& app, Action& action) {
 OUT.gguf.plan.json for --plan and --curves. While it runs, what is finished is kept in
 OUT.gguf.state: after Ctrl-C or a crash, the same command with --resume goes on. The same seed and
 thread count give the same file, byte for byte. With --device cuda the training of --recipe best
-runs on a GPU, the rest on the CPU.
+and the distillation of --recipe low-rank run on a GPU, the rest on the CPU.
 
 Examples:
   moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --active 0.5

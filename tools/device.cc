@@ -4,6 +4,7 @@
 
 #include "kernels/base/error.h"
 #if MOESAIC_HAS_CUDA
+#include "converter/cuda/distillation.h"
 #include "converter/recovery/cuda/training.h"
 #include "kernels/cuda/base/device.h"
 #include "models/cuda/transformer.h"
@@ -39,6 +40,13 @@ converter::MakeDeviceTraining make_device_training(const std::string& device) {
   return converter::cuda_training(*gpu);
 }
 
+converter::MakeDeviceDistillation make_device_distillation(const std::string& device) {
+  const auto gpu = cuda_device(device);
+  if (!gpu) return {};
+  cuda::use_device(*gpu);
+  return converter::cuda_distillation(*gpu);
+}
+
 #else
 
 bool built_with_cuda() { return false; }
@@ -49,6 +57,11 @@ std::unique_ptr<engine::Decoder> make_cuda_decoder(std::shared_ptr<const models:
 }
 
 converter::MakeDeviceTraining make_device_training(const std::string& device) {
+  if (cuda_device(device)) throw DeviceError(fmt::format("{}: built without CUDA", device));
+  return {};
+}
+
+converter::MakeDeviceDistillation make_device_distillation(const std::string& device) {
   if (cuda_device(device)) throw DeviceError(fmt::format("{}: built without CUDA", device));
   return {};
 }

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "converter/device_distillation.h"
 #include "converter/recovery/options.h"
 #include "engine/decoder.h"
 #include "models/transformer.h"
@@ -24,5 +25,8 @@ std::unique_ptr<engine::Decoder> make_cuda_decoder(
 /// What trains on the GPU of "cuda" or "cuda:N"; empty for any other text. Throws DeviceError as
 /// above: before there is anything to train.
 converter::MakeDeviceTraining make_device_training(const std::string& device);
+
+/// What distills there, likewise.
+converter::MakeDeviceDistillation make_device_distillation(const std::string& device);
 
 }  // namespace moesaic::tools
