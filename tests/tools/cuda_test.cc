@@ -353,5 +353,62 @@ TEST_F(RecoverOnCuda, NamesWhatRunsOnTheCpuAlone) {
                         1, "--device: the recipe \"fast\" runs on the CPU alone");
 }
 
+// The closed form is the CPU's, whose distillation rounds operands to bfloat16 (here 2 to 3 % of
+// the error): the trainings' ends are close, not alike. The same file comes out whatever order the
+// device runs its blocks in.
+TEST_F(OnCudaDevice, LowRankConversionDistillsThere) {
+  const TinyModel dense({.dtype = DType::Q8_0}, [](TinyModel& m) {
+    add_vocabulary(m);
+    m.set("llama.context_length", models::GgufValue::u32(64));
+  });
+  const TemporaryFolder folder;
+  const std::string text = folder.write("text.txt", words(9000));
+  const auto report = [](const std::string& output) {
+    return nlohmann::json::parse(bytes(output + ".report.json"));
+  };
+  const auto line = [&](const std::string& output, const std::vector<std::string>& more) {
+    std::vector<std::string> all = {"convert",  dense.path.string(),
+                                    "-o",       output,
+                                    "--data",   text,
+                                    "--tokens", "2048",
+                                    "-t",       "2",
+                                    "--active", "0.6",
+                                    "-q",       "--recipe",
+                                    "low-rank"};
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  for (const std::vector<std::string>& form :
+       {std::vector<std::string>{}, {"--block", "4"}, {"--experts", "120"}}) {
+    const std::string on_cpu = (folder.path() / "cpu.gguf").string();
+    const std::string on_gpu = (folder.path() / "gpu.gguf").string();
+    std::vector<std::string> asked = form;
+    const ProgramRun cpu = run_program(line(on_cpu, asked));
+    ASSERT_EQ(cpu.status, 0) << cpu.err;
+    asked.insert(asked.end(), {"--device", "cuda"});
+    const ProgramRun gpu = run_program(line(on_gpu, asked));
+    ASSERT_EQ(gpu.status, 0) << gpu.err;
+    EXPECT_EQ(gpu.err, "");
+    const nlohmann::json a = report(on_cpu), b = report(on_gpu);
+    ASSERT_EQ(a["layers"].size(), 2u);
+    // The first layer's sample is the same on both sides.
+    const double end = a["layers"][0]["error_distilled"].get<double>();
+    EXPECT_EQ(b["layers"][0]["error_closed_form"], a["layers"][0]["error_closed_form"]);
+    EXPECT_NEAR(b["layers"][0]["error_distilled"].get<double>(), end, 0.05 * end);
+    for (const auto& layer : b["layers"]) {
+      EXPECT_LT(layer["error_distilled"].get<double>(), layer["error_closed_form"].get<double>());
+    }
+    if (!form.empty()) continue;
+    const char* set = std::getenv("CUDASIM_SCHEDULE");
+    const std::string schedule = set == nullptr ? "0" : set;
+    setenv("CUDASIM_SCHEDULE", "7", 1);
+    const std::string again = (folder.path() / "again.gguf").string();
+    const ProgramRun repeated = run_program(line(again, asked));
+    setenv("CUDASIM_SCHEDULE", schedule.c_str(), 1);
+    ASSERT_EQ(repeated.status, 0) << repeated.err;
+    EXPECT_EQ(bytes(again), bytes(on_gpu));
+  }
+}
+
 }  // namespace
 }  // namespace moesaic::tools
