@@ -279,6 +279,34 @@ TEST_F(RecoverOnCuda, DivergenceIsTheCpus) {
   EXPECT_LT(expected, divergence(hybrid.path.string()));
 }
 
+TEST_F(RecoverOnCuda, LayersBehindRouters) {
+  const TinyModel behind_routers(
+      {.dtype = DType::Q8_0, .tied = false, .moe_layers = {0, 1}, .seed = 2}, [this](TinyModel& m) {
+        prepare(m);
+        m.set("moesaic.source_digest",
+              models::GgufValue::string(converter::sha256_file(dense.path)));
+      });
+  const std::string on_cpu = (folder.path() / "cpu.gguf").string();
+  const std::string on_gpu = (folder.path() / "gpu.gguf").string();
+  const auto run = [&](const std::string& output, const std::vector<std::string>& more) {
+    std::vector<std::string> asked = line(output, "2048", "0");
+    asked[2] = behind_routers.path.string();
+    asked.insert(asked.end(), more.begin(), more.end());
+    return run_program(asked);
+  };
+  const ProgramRun cpu = run(on_cpu, {}), gpu = run(on_gpu, {"--device", "cuda"});
+  ASSERT_EQ(cpu.status, 0) << cpu.err;
+  ASSERT_EQ(gpu.status, 0) << gpu.err;
+  EXPECT_EQ(gpu.err, "");
+  const nlohmann::json a = recovery(on_cpu), b = recovery(on_gpu);
+  for (const char* kl : {"kl_start", "kl_trained", "kl_packed"}) {
+    const double expected = a[kl].get<double>();
+    EXPECT_NEAR(b[kl].get<double>(), expected, 0.02 * expected) << kl;
+  }
+  EXPECT_LT(b["kl_packed"], b["kl_start"]);
+  EXPECT_EQ(b["active_packed"], a["active_packed"]);
+}
+
 TEST_F(RecoverOnCuda, CutAndResumedGivesTheSameFile) {
   const auto on_gpu = [&](const std::string& output) {
     std::vector<std::string> asked = line(output, "2048", "0");
@@ -340,14 +368,9 @@ TEST_F(RecoverOnCuda, NamesWhatRunsOnTheCpuAlone) {
   std::vector<std::string> asked = line(output);
   asked.insert(asked.end(), {"--device", "cuda", "--train", "attention"});
   expect_one_line_error(run_program(asked), 1, "the attention learns on the CPU alone");
-  const TinyModel low_rank({.dtype = DType::Q8_0, .moe_layers = {1}}, [this](TinyModel& m) {
-    prepare(m);
-    m.set("moesaic.source_digest", models::GgufValue::string(converter::sha256_file(dense.path)));
-  });
   asked = line(output);
-  asked[2] = low_rank.path.string();
-  asked.insert(asked.end(), {"--device", "cuda"});
-  expect_one_line_error(run_program(asked), 1, "layer 1: expected a dense or a self-routed one");
+  asked.insert(asked.end(), {"--device", "cuda", "--refit-every", "10"});
+  expect_one_line_error(run_program(asked), 1, "routers are refitted on the CPU alone");
   expect_one_line_error(run_program({"convert", dense.path.string(), "-o", output, "--data", text,
                                      "--device", "cuda", "-q"}),
                         1, "--device: the recipe \"fast\" runs on the CPU alone");

@@ -11,6 +11,7 @@
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/training/divergence.h"
 #include "kernels/cuda/training/elementwise.h"
+#include "kernels/cuda/training/experts.h"
 #include "kernels/rope.h"
 
 namespace moesaic::converter {
@@ -25,34 +26,57 @@ std::array<const WeightView*, 3> matrices(const models::DenseMlp& mlp) {
 
 }  // namespace
 
-void CudaTape::walk(DeviceParts& take, const models::ModelConfig& c, std::int64_t rows) {
+MoeShape largest_moe(const models::Checkpoint& checkpoint) {
+  MoeShape most;
+  for (const models::LayerWeights& layer : checkpoint.layers) {
+    const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp);
+    if (moe == nullptr) continue;
+    const MoeShape own = shape_of(*moe);
+    for (const auto size : {&MoeShape::n_shared, &MoeShape::n_experts, &MoeShape::n_active,
+                            &MoeShape::router_rank, &MoeShape::bypass_rank}) {
+      most.*size = std::max(most.*size, own.*size);
+    }
+  }
+  return most;
+}
+
+void CudaTape::walk(DeviceParts& take, const models::ModelConfig& c, const MoeShape& moe,
+                    std::int64_t rows) {
   const std::int64_t q_cols = rows * c.n_heads * c.head_dim, d = rows * c.d_model;
-  const std::int64_t kv_cols = rows * c.n_kv_heads * c.head_dim, d_ff = rows * c.d_ff;
+  const std::int64_t kv_cols = rows * c.n_kv_heads * c.head_dim;
+  const std::int64_t d_ff = rows * std::max(c.d_ff, moe.n_neurons());
   for (auto* part : {&q, &q_raw, &mixed}) take(*part, q_cols);
   for (auto* part : {&k, &v, &k_raw}) take(*part, kv_cols);
   take(lse, rows * c.n_heads);
   for (auto* part : {&out, &mlp_out, &r_mid}) take(*part, d);
   for (auto* part : {&x, &large}) take(*part, d);
   for (auto* part : {&h, &slope_gate, &slope_up}) take(*part, d_ff);
-  take(mask, d);
+  take(mask, std::max(d, rows * moe.n_experts));
+  for (auto* part : {&gap, &centred, &kappa}) take(*part, rows * moe.n_experts);
+  take(z, rows * moe.router_rank);
+  take(qx, rows * moe.bypass_rank);
+  take(squared_gap, moe.n_experts > 0 ? rows : 0);
 }
 
-CudaScratch::CudaScratch(const models::ModelConfig& c, std::int64_t n_rows, std::int64_t ctx)
+CudaScratch::CudaScratch(const models::Checkpoint& hybrid, std::int64_t n_rows, std::int64_t ctx)
     : rows(n_rows),
       n_ctx(ctx),
       head_rows(std::min(
-          n_rows, std::clamp<std::int64_t>(
-                      kHeadTileElements / std::max<std::int64_t>(c.vocab_size, 1), 16, 512))) {
+          n_rows,
+          std::clamp<std::int64_t>(
+              kHeadTileElements / std::max<std::int64_t>(hybrid.config.vocab_size, 1), 16, 512))) {
+  const models::ModelConfig& c = hybrid.config;
+  const MoeShape moe = largest_moe(hybrid);
   const std::int64_t q_cols = rows * c.n_heads * c.head_dim;
   const std::int64_t kv_cols = rows * c.n_kv_heads * c.head_dim;
-  const auto scores = static_cast<std::int64_t>(cuda::window_attention_workspace(
+  const auto squares = static_cast<std::int64_t>(cuda::window_attention_workspace(
       {.n_heads = c.n_heads, .n_kv_heads = c.n_kv_heads, .head_dim = c.head_dim, .n_ctx = ctx}));
   arena_ = DeviceParts::divide([&](DeviceParts& take) {
     for (auto* part : {&r, &dr, &x, &y}) take(*part, rows * c.d_model);
-    for (auto* part : {&gate, &up}) take(*part, rows * c.d_ff);
+    for (auto* part : {&gate, &up}) take(*part, rows * std::max(c.d_ff, moe.n_neurons()));
     for (auto* part : {&d_mixed, &dq}) take(*part, q_cols);
     for (auto* part : {&dk, &dv}) take(*part, kv_cols);
-    take(attention, scores);
+    take(attention, squares);
     for (auto* part : {&teacher_logits, &logits}) take(*part, head_rows * c.vocab_size);
     take(d_logits, head_rows * c.vocab_size);
     take(divergence, rows);
@@ -60,7 +84,12 @@ CudaScratch::CudaScratch(const models::ModelConfig& c, std::int64_t n_rows, std:
     take(hidden, rows * c.d_model);
     take(positions, rows);
     take(ignored, 3);
-    tape.walk(take, c, rows);
+    take(ranks, rows * std::max(moe.router_rank, moe.bypass_rank));
+    take(rank_operand, rows * std::max(moe.router_rank, moe.bypass_rank));
+    take(scores, rows * moe.n_experts);
+    take(weight, moe.n_experts > 0 ? rows : 0);
+    take(ids, rows * moe.n_active);
+    tape.walk(take, c, moe, rows);
   });
   std::vector<std::int32_t> places(static_cast<std::size_t>(rows));
   for (std::size_t t = 0; t < places.size(); ++t) {
@@ -72,9 +101,9 @@ CudaScratch::CudaScratch(const models::ModelConfig& c, std::int64_t n_rows, std:
   stream.synchronize();
 }
 
-cuda::Threshold CudaSelfRouted::threshold_of(SelfRoutedVector which) const {
+cuda::Threshold CudaConverted::threshold_of(SelfRoutedVector which) const {
   if (threshold[which].empty()) return {};
-  return {threshold[which].data(), host->layer.factors()[which]};
+  return {threshold[which].data(), host->self_routed()->layer.factors()[which]};
 }
 
 CudaHybrid::CudaHybrid(const models::Checkpoint& checkpoint, Hybrid<Bfloat16>* learns,
@@ -94,15 +123,13 @@ CudaHybrid::CudaHybrid(const models::Checkpoint& checkpoint, Hybrid<Bfloat16>* l
       layers_[l].phi = dense->phi;
       continue;
     }
-    const auto* routed = std::get_if<kernels::SelfRoutedView>(&mlp);
-    require<InputError>(routed != nullptr && learns_,
-                        "{}: layer {}: expected a dense or a self-routed one (glu+gate, "
-                        "glu+input): others are trained on the CPU alone",
-                        file, l);
-    layers_[l].phi = routed->phi;
+    require<InputError>(learns_, "{}: layer {}: expected a dense one", file, l);
+    if (const auto* routed = std::get_if<kernels::SelfRoutedView>(&mlp)) {
+      layers_[l].phi = routed->phi;
+    }
     layers_[l].converted = converted_.size();
-    TrainedSelfRouted<Bfloat16>* host = learns->converted()[converted_.size()].self_routed();
-    converted_.emplace_back().host = host;
+    CudaConverted& own = converted_.emplace_back();
+    own.host = &learns->converted()[converted_.size() - 1];
   }
   take_memory(checkpoint);
   copy_weights(checkpoint);
@@ -125,7 +152,8 @@ void CudaHybrid::take_memory(const models::Checkpoint& checkpoint) {
     take(embedding_bytes_, checkpoint.embedding.bytes());
     take(output_norm_, c.d_model);
     if (learns_) take(head_, elements(checkpoint.head));
-    take(counts_, static_cast<std::int64_t>(3 * converted_.size()));
+    take(counts_, 3 * std::ssize(converted_));
+    take(auxiliary_, std::ssize(converted_));
     for (std::size_t l = 0; l < layers_.size(); ++l) {
       const models::LayerWeights& from = checkpoint.layers[l];
       Attention& a = layers_[l].attention;
@@ -147,26 +175,39 @@ void CudaHybrid::take_memory(const models::Checkpoint& checkpoint) {
       }
       if (learns_ && static_cast<std::int64_t>(l) >= first_converted()) {
         take(inputs_[l], s_.rows * c.d_model);
-        if (tapes) tapes_[l].walk(take, c, s_.rows);
+        const auto* moe = std::get_if<kernels::SecretMoeView>(&from.mlp);
+        if (tapes) tapes_[l].walk(take, c, moe == nullptr ? MoeShape() : shape_of(*moe), s_.rows);
       }
     }
-    for (CudaSelfRouted& own : converted_) {
-      for (std::size_t m = 0; m < 3; ++m) {
-        take(own.value[m], matrix);
-        take(own.gradient[m], matrix);
-        take(own.operand[m], matrix);
-      }
-      const SelfRoutedThresholds<float>& given = own.host->layer.given();
-      const std::array<const std::vector<float>*, 3> thresholds = {&given.input, &given.gate,
-                                                                   &given.hidden};
-      for (std::size_t v = 0; v < 3; ++v) {
-        take(own.threshold[v], static_cast<std::int64_t>(thresholds[v]->size()));
-      }
-    }
+    for (CudaConverted& own : converted_) take_memory(take, own);
   });
   for (std::size_t i = 0; i < converted_.size(); ++i) {
     converted_[i].counts = counts_.subspan(3 * i, 3);
+    converted_[i].auxiliary = auxiliary_.subspan(i, 1);
   }
+}
+
+void CudaHybrid::take_memory(DeviceParts& take, CudaConverted& own) {
+  const auto tensors = own.host->tensors();
+  own.tensors.resize(tensors.size());
+  const bool is_moe = own.host->moe() != nullptr;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const std::int64_t n = std::ssize(tensors[i].value);
+    take(own.tensors[i].value, n);
+    take(own.tensors[i].gradient, n);
+    // Biases are added; a router's V is multiplied in float32 and meets no gradient behind it.
+    const bool multiplied = !is_moe || (i != kMoeBias && i != kRouterV && i != kRouterBias);
+    take(own.tensors[i].operand, multiplied ? n : 0);
+  }
+  if (is_moe) {
+    const std::int64_t n = own.host->moe()->layer.shape().n_neurons();
+    for (auto* part : {&own.mean, &own.norm}) take(*part, n);
+    return;
+  }
+  const SelfRoutedThresholds<float>& given = own.host->self_routed()->layer.given();
+  take(own.threshold[kInput], std::ssize(given.input));
+  take(own.threshold[kGate], std::ssize(given.gate));
+  take(own.threshold[kHidden], std::ssize(given.hidden));
 }
 
 void CudaHybrid::copy_weights(const models::Checkpoint& checkpoint) {
@@ -221,33 +262,47 @@ void CudaHybrid::copy_weights(const models::Checkpoint& checkpoint) {
 }
 
 void CudaHybrid::put() {
-  for (CudaSelfRouted& own : converted_) {
-    const auto values = own.host->parameters->tensors();
-    for (std::size_t m = 0; m < 3; ++m) {
-      copy_in<float>(values[m], own.value[m], stream_);
-      zero(own.gradient[m], stream_);
+  for (CudaConverted& own : converted_) {
+    const auto tensors = own.host->tensors();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      copy_in<float>(tensors[i].value, own.tensors[i].value, stream_);
     }
-    const SelfRoutedThresholds<float>& given = own.host->layer.given();
+    if (const TrainedMoe<Bfloat16>* moe = own.host->moe()) {
+      copy_in<float>(moe->layer.mean(), own.mean, stream_);
+      continue;
+    }
+    const SelfRoutedThresholds<float>& given = own.host->self_routed()->layer.given();
     copy_in<float>(given.input, own.threshold[kInput], stream_);
     copy_in<float>(given.gate, own.threshold[kGate], stream_);
     copy_in<float>(given.hidden, own.threshold[kHidden], stream_);
   }
+  clear_gradients();
   refresh();
 }
 
 void CudaHybrid::fetch() {
-  for (CudaSelfRouted& own : converted_) {
-    const auto values = own.host->parameters->tensors();
-    for (std::size_t m = 0; m < 3; ++m) copy_out<float>(own.value[m], values[m], stream_);
+  for (CudaConverted& own : converted_) {
+    const auto tensors = own.host->tensors();
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      copy_out<float>(own.tensors[i].value, tensors[i].value, stream_);
+    }
+  }
+}
+
+void CudaHybrid::clear_gradients() {
+  for (CudaConverted& own : converted_) {
+    for (const CudaTensor& t : own.tensors) zero(t.gradient, stream_);
   }
 }
 
 void CudaHybrid::refresh() {
-  for (CudaSelfRouted& own : converted_) {
-    for (std::size_t m = 0; m < 3; ++m) {
-      cuda::to_bf16(own.value[m].data(), static_cast<std::int64_t>(own.value[m].size()),
-                    own.operand[m].data(), stream_);
+  for (CudaConverted& own : converted_) {
+    for (const CudaTensor& t : own.tensors) {
+      cuda::to_bf16(t.value.data(), std::ssize(t.operand), t.operand.data(), stream_);
     }
+    if (own.host->moe() == nullptr) continue;
+    cuda::row_norms(view(own.tensors[kMoeDown].value, std::ssize(own.norm), config_.d_model),
+                    own.norm.data(), stream_);
   }
 }
 
@@ -339,7 +394,7 @@ void CudaHybrid::gradients(std::span<const std::int32_t> tokens, const std::uint
       mlp_forward(layer, own, rows, false);
     }
     // Nothing below the first converted layer's MLP wants a gradient.
-    mlp_backward(layer, own, rows, l > first);
+    mlp_backward(layer, own, rows, n_step, l > first);
     if (l > first) attention_backward(layer, own, input, rows);
   }
 }

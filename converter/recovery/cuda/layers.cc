@@ -32,7 +32,7 @@ Bf16Matrix CudaHybrid::operand(ConstMatrix x) {
 
 Bf16Matrix CudaHybrid::matrix_of(const Layer& layer, std::size_t m) const {
   const std::span<const std::uint16_t> w =
-      layer.converted ? converted_[*layer.converted].operand[m] : layer.dense[m];
+      layer.converted ? converted_[*layer.converted].tensors[m].operand : layer.dense[m];
   const bool down = m == 2;
   return {w.data(), down ? config_.d_model : config_.d_ff, down ? config_.d_ff : config_.d_model};
 }
@@ -75,24 +75,46 @@ void CudaHybrid::attention_forward(const Layer& layer, CudaTape& tape, std::int6
   cuda::add(x, r, stream_);
 }
 
-// r += post_norm?(W_down h), h of x = norm(r).
+CudaConverted* CudaHybrid::moe_of(const Layer& layer) {
+  if (!layer.converted) return nullptr;
+  CudaConverted& own = converted_[*layer.converted];
+  return own.host->moe() != nullptr ? &own : nullptr;
+}
+
+// r += post_norm?(MLP of norm(r)).
 void CudaHybrid::mlp_forward(const Layer& layer, CudaTape& tape, std::int64_t m, bool counts) {
-  const std::int64_t d = config_.d_model, n = config_.d_ff;
+  const std::int64_t d = config_.d_model;
   const Matrix r = view(s_.r, m, d), x = view(s_.x, m, d);
-  const Matrix gate = view(s_.gate, m, n), up = view(s_.up, m, n);
   cuda::copy(r.data, m * d, tape.r_mid.data(), stream_);
   cuda::rms_norm(r, layer.mlp_norm.data(), config_.norm_eps, x, stream_);
+  const bool normed = !layer.post_mlp_norm.empty();
+  const Matrix y = normed ? view(tape.mlp_out, m, d) : r;
+  if (const CudaConverted* moe = moe_of(layer)) {
+    moe_forward(*moe, tape, y, !normed);
+  } else {
+    gated_forward(layer, tape, y, !normed, counts);
+  }
+  if (!normed) return;
+  cuda::rms_norm(y, layer.post_mlp_norm.data(), config_.norm_eps, x, stream_);
+  cuda::add(x, r, stream_);
+}
+
+// y = or += W_down h, h of x in the scratch.
+void CudaHybrid::gated_forward(const Layer& layer, CudaTape& tape, Matrix y, bool accumulate,
+                               bool counts) {
+  const std::int64_t m = y.rows, d = config_.d_model, n = config_.d_ff;
+  const Matrix x = view(s_.x, m, d), gate = view(s_.gate, m, n), up = view(s_.up, m, n);
   const Bf16Matrix all = bits(tape.x, m, d);
   Bf16Matrix gate_input = all, up_input = all;
   cuda::Threshold gate_threshold, hidden_threshold;
   cuda::Count* neurons = nullptr;
   if (layer.converted) {
-    const CudaSelfRouted& own = converted_[*layer.converted];
+    const CudaConverted& own = converted_[*layer.converted];
     cuda::Count* to = counts ? own.counts.data() : s_.ignored.data();
     cuda::keep_large(x, own.threshold_of(kInput), tape.x.data(), tape.large.data(),
                      tape.mask.data(), to, stream_);
     gate_input = bits(tape.large, m, d);
-    if (own.host->layer.shape().up_by_input) up_input = gate_input;
+    if (own.host->self_routed()->layer.shape().up_by_input) up_input = gate_input;
     gate_threshold = own.threshold_of(kGate);
     hidden_threshold = own.threshold_of(kHidden);
     neurons = to + 1;
@@ -103,23 +125,16 @@ void CudaHybrid::mlp_forward(const Layer& layer, CudaTape& tape, std::int64_t m,
   blas_.multiply(false, true, up_input, matrix_of(layer, 1), false, up);
   cuda::keep_neurons(layer.phi, gate, up, gate_threshold, hidden_threshold, tape.h.data(),
                      tape.slope_gate.data(), tape.slope_up.data(), neurons, stream_);
-  const Bf16Matrix h = bits(tape.h, m, n), w_down = matrix_of(layer, 2);
-  if (layer.post_mlp_norm.empty()) {
-    blas_.multiply(false, true, h, w_down, true, r);
-    return;
-  }
-  const Matrix out = view(tape.mlp_out, m, d);
-  blas_.multiply(false, true, h, w_down, false, out);
-  cuda::rms_norm(out, layer.post_mlp_norm.data(), config_.norm_eps, x, stream_);
-  cuda::add(x, r, stream_);
+  blas_.multiply(false, true, bits(tape.h, m, n), matrix_of(layer, 2), accumulate, y);
 }
 
-// Adds to the matrices' gradients; dr, the gradient behind the block, becomes the one before it,
+// Adds to the layer's gradients; dr, the gradient behind the block, becomes the one before it,
 // where wanted.
-void CudaHybrid::mlp_backward(const Layer& layer, CudaTape& tape, std::int64_t m, bool need_dr) {
-  const std::int64_t d = config_.d_model, n = config_.d_ff;
+void CudaHybrid::mlp_backward(const Layer& layer, CudaTape& tape, std::int64_t m,
+                              std::int64_t n_step, bool need_dr) {
+  const std::int64_t d = config_.d_model;
   const float eps = config_.norm_eps;
-  const Matrix dr = view(s_.dr, m, d), dx = view(s_.x, m, d), dh = view(s_.gate, m, n);
+  const Matrix dr = view(s_.dr, m, d), dx = need_dr ? view(s_.x, m, d) : Matrix();
   ConstMatrix dy = dr;
   if (!layer.post_mlp_norm.empty()) {
     const Matrix y = view(s_.y, m, d);
@@ -127,29 +142,43 @@ void CudaHybrid::mlp_backward(const Layer& layer, CudaTape& tape, std::int64_t m
                             stream_);
     dy = y;
   }
+  if (CudaConverted* moe = moe_of(layer)) {
+    moe_backward(*moe, tape, dy, n_step, dx);
+  } else {
+    gated_backward(layer, tape, dy, dx);
+  }
+  if (!need_dr) return;
+  cuda::rms_norm_backward(view(tape.r_mid, m, d), layer.mlp_norm.data(), eps, dx, true, dr,
+                          stream_);
+}
+
+// dx = ∂L/∂x unless it holds no data.
+void CudaHybrid::gated_backward(const Layer& layer, CudaTape& tape, ConstMatrix dy, Matrix dx) {
+  const std::int64_t m = dy.rows, d = config_.d_model, n = config_.d_ff;
+  const Matrix dh = view(s_.gate, m, n);
   const Bf16Matrix dyo = operand(dy);
   blas_.multiply(false, false, dyo, matrix_of(layer, 2), false, dh);
   cuda::scale_slopes(dh.data, m * n, tape.slope_gate.data(), tape.slope_up.data(), stream_);
   const Bf16Matrix dg = bits(tape.slope_gate, m, n), du = bits(tape.slope_up, m, n);
   bool by_input = true;  // whether both products read what the mask left
+  const TrainedSelfRouted<Bfloat16>* host = nullptr;
   if (layer.converted) {
-    CudaSelfRouted& own = converted_[*layer.converted];
-    by_input = own.host->layer.shape().up_by_input;
+    CudaConverted& own = converted_[*layer.converted];
+    host = own.host->self_routed();
+    by_input = host->layer.shape().up_by_input;
     const Bf16Matrix large = bits(tape.large, m, d);
-    blas_.multiply(true, false, dyo, bits(tape.h, m, n), true, view(own.gradient[2], d, n));
-    blas_.multiply(true, false, dg, large, true, view(own.gradient[0], n, d));
+    blas_.multiply(true, false, dyo, bits(tape.h, m, n), true, view(own.tensors[2].gradient, d, n));
+    blas_.multiply(true, false, dg, large, true, view(own.tensors[0].gradient, n, d));
     blas_.multiply(true, false, du, by_input ? large : bits(tape.x, m, d), true,
-                   view(own.gradient[1], n, d));
+                   view(own.tensors[1].gradient, n, d));
   }
-  if (!need_dr) return;
+  if (dx.data == nullptr) return;
   blas_.multiply(false, false, dg, matrix_of(layer, 0), false, dx);
   if (by_input) blas_.multiply(false, false, du, matrix_of(layer, 1), true, dx);
-  if (layer.converted && !converted_[*layer.converted].host->straight_through) {
+  if (host != nullptr && !host->straight_through) {
     cuda::mask_gradient(tape.mask.data(), m * d, dx.data, stream_);
   }
   if (!by_input) blas_.multiply(false, false, du, matrix_of(layer, 1), true, dx);
-  cuda::rms_norm_backward(view(tape.r_mid, m, d), layer.mlp_norm.data(), eps, dx, true, dr,
-                          stream_);
 }
 
 // dr becomes the gradient before the block, r_in being the stream there.

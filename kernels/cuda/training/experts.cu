@@ -200,6 +200,11 @@ __global__ void __launch_bounds__(kThreads) add_rows_kernel(MatrixView<const T> 
   sums[j] += sum;
 }
 
+__global__ void __launch_bounds__(kThreads) add_bias_kernel(const float* bias, Matrix m) {
+  const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < m.rows * m.cols) m.data[i] += bias[i % m.cols];
+}
+
 // A warp a row.
 __global__ void __launch_bounds__(kThreads)
     gather_rows_kernel(const float* from, const std::int32_t* ids, Matrix to) {
@@ -356,6 +361,13 @@ void add_rows(ConstMatrix m, float* sums, StreamHandle stream) { launch_add_rows
 
 void add_rows(MatrixView<const std::uint16_t> m, float* sums, StreamHandle stream) {
   launch_add_rows(m, sums, stream);
+}
+
+void add_bias(const float* bias, Matrix m, StreamHandle stream) {
+  require_no_gaps("add_bias", m);
+  if (m.rows == 0 || m.cols == 0) return;
+  add_bias_kernel<<<blocks(m.rows * m.cols, kThreads), kThreads, 0, stream>>>(bias, m);
+  check_launch("add_bias");
 }
 
 void gather_rows(ConstMatrix from, const std::int32_t* ids, Matrix to, StreamHandle stream) {

@@ -92,6 +92,9 @@ void add_weighted(const double* values, const float* weight, std::int64_t n, dou
 void add_rows(ConstMatrix m, float* sums, StreamHandle stream);
 void add_rows(MatrixView<const std::uint16_t> m, float* sums, StreamHandle stream);
 
+/// m_t += bias.   m [n, d], bias [d]. Throws ShapeError.
+void add_bias(const float* bias, Matrix m, StreamHandle stream);
+
 /// to_t = from_(ids_t).   from [any, d], ids [n], to [n, d]. Throws ShapeError.
 void gather_rows(ConstMatrix from, const std::int32_t* ids, Matrix to, StreamHandle stream);
 

@@ -366,6 +366,13 @@ TEST_F(CudaExperts, RowsAreAddedUpAndGathered) {
         EXPECT_NEAR(found[size(j)], expected, 20 * kEps * norm);
         EXPECT_NEAR(found_of_bits[size(j)], expected_of_bits, 20 * kEps * norm);
       }
+      const auto bias = normal_values(size(d), 2);
+      const auto d_bias = put(bias), moved = put(m);
+      cuda::add_bias(d_bias.data(), all(moved, rows, d), stream);
+      const auto found_moved = get(moved);
+      for (std::size_t i = 0; i < m.size(); ++i) {
+        EXPECT_EQ(found_moved[i], m[i] + bias[i % size(d)]);
+      }
       if (rows == 0) continue;
       std::vector<std::int32_t> ids;
       for (int i = 0; i < 9; ++i) ids.push_back(static_cast<std::int32_t>(i * 5 % rows));
