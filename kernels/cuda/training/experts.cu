@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads)
     scores[e] += bias[e];
     mask[e] = 0;
   }
-  __syncthreads();
-  block_top_k(scores, n_experts, k, ids, shared);  // ends with a barrier
+  // Has a barrier before it reads the scores, and one at its end.
+  block_top_k(scores, n_experts, k, ids, shared);
   for (std::int64_t j = threadIdx.x; j < k; j += kThreads) mask[ids[j]] = 1;
 }
 
