@@ -257,6 +257,22 @@ TEST_F(CudaDistillation, TellsItsLossAndStopsWhenAsked) {
   EXPECT_TRUE(same_bits(next, b));
 }
 
+// What 16 steps more cost is counted (steps.cmake): batches of 15 rows, three a pass.
+class CudaDistillSteps : public cuda::OnDevice {
+ protected:
+  static void run(double passes) {
+    LayerCase c(60, 8, 12, Activation::Silu);
+    Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 4, 8, 4}, 1e-3);
+    DistillOptions o;
+    o.passes = passes;
+    o.batch = 15;
+    engine::Monitor monitor;
+    cuda_distillation(0)()->distill(c.ctx, s, c.sample, o, monitor);
+  }
+};
+TEST_F(CudaDistillSteps, Eight) { run(8.0 / 3 + 0.01); }
+TEST_F(CudaDistillSteps, TwentyFour) { run(8); }
+
 TEST_F(CudaDistillation, GapsAreNamed) {
   LayerCase c(20, 8, 12, Activation::Silu);
   Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 4, 8, 0}, 1e-3);

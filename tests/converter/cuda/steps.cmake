@@ -1,0 +1,27 @@
+# cmake -DCUDASIM=… -DPROGRAM=… -DCOUNTERS=PREFIX -P steps.cmake
+# Distills 8 and 24 steps on the stand-in and fails unless the 16 more cost two synchronisations, no allocation, 22 kernels
+# and 17 products a step, and copies of 15 rows' numbers a step and two losses a synchronisation.
+set(names synchronisations allocations kernel_launches library_calls copied_bytes)
+foreach(run Eight TwentyFour)
+  execute_process(COMMAND ${CUDASIM} run --counters ${COUNTERS}${run}.json ${PROGRAM} --gtest_filter=CudaDistillSteps.${run}
+    RESULT_VARIABLE status OUTPUT_VARIABLE text ERROR_VARIABLE text)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "CudaDistillSteps.${run}: status ${status}\n${text}")
+  endif()
+  file(READ ${COUNTERS}${run}.json json)
+  foreach(name ${names})
+    string(JSON ${run}_${name} GET ${json} process ${name})
+  endforeach()
+endforeach()
+set(synchronisations 2)
+set(allocations 0)
+set(kernel_launches 352)
+set(library_calls 272)
+set(copied_bytes 992)
+foreach(name ${names})
+  math(EXPR found "${TwentyFour_${name}} - ${Eight_${name}}")
+  message(STATUS "16 steps: ${found} ${name}")
+  if(NOT found EQUAL ${${name}})
+    message(SEND_ERROR "16 steps: ${found} ${name}, expected ${${name}}")
+  endif()
+endforeach()
