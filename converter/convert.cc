@@ -17,6 +17,7 @@
 #include "converter/recovery/recover_file.h"
 #include "converter/report.h"
 #include "converter/state.h"
+#include "converter/stream.h"
 #include "models/expert_usage.h"
 #include "models/gguf_writer.h"
 #include "models/mixture_file.h"
@@ -288,16 +289,17 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   report.data_digest = calibration.digest;
   report.n_tokens = static_cast<std::int64_t>(calibration.tokens.size());
 
+  HostPasses passes(model);
   const std::filesystem::path converted = recovers ? state.hybrid_path() : options.output;
   if (!to_self_routed) {
     const std::vector<SavedLayer> layers =
-        to_paper ? to_paper->run(calibration, schedule, report, monitor)
-                 : to_low_rank->run(calibration, schedule, report, monitor);
+        to_paper ? to_paper->run(passes, calibration, schedule, report, monitor)
+                 : to_low_rank->run(passes, calibration, schedule, report, monitor);
     for (const SavedLayer& layer : layers) report.layers.push_back(layer.report);
     monitor.stage("write the hybrid", 1);
     assemble(*checkpoint->file, layers, options, report, converted);
   } else {
-    to_self_routed->run(calibration, schedule, report, converted, monitor);
+    to_self_routed->run(passes, calibration, schedule, report, converted, monitor);
     models::write_file_atomically(options.output.string() + ".plan.json",
                                   plan_json(to_self_routed->plan()));
   }
