@@ -7,50 +7,10 @@
 #include <span>
 #include <vector>
 
-#include "converter/recovery/attention_block.h"
-#include "converter/recovery/cuda/memory.h"
+#include "converter/recovery/cuda/decoder.h"
 #include "converter/recovery/hybrid.h"
-#include "kernels/cuda/base/blas.h"
-#include "kernels/cuda/base/stream.h"
-#include "kernels/cuda/training/gated_mlp.h"
-#include "kernels/cuda/training/window_attention.h"
 
 namespace moesaic::converter {
-
-/// What a layer's way back needs from its way forward (dense.h, self_routed.h, attention_block.h).
-struct CudaTape {
-  std::span<float> q, k, v;       // after norms and rotation
-  std::span<float> q_raw, k_raw;  // before them, where heads are normed
-  std::span<float> mixed, lse;    // attention's output before W_o
-  std::span<float> out, mlp_out;  // W_o's and W_down's, where norms follow
-  std::span<float> r_mid;         // the stream before the MLP
-  std::span<std::uint16_t> x, large, h, slope_gate, slope_up;
-  std::span<std::uint8_t> mask;
-
-  void walk(DeviceParts& take, const models::ModelConfig& config, std::int64_t rows);
-};
-
-/// Memory that layers use again and again, enough for so many rows of such a model. Two models of
-/// one shape share it.
-class CudaScratch {
- public:
-  CudaScratch(const models::ModelConfig& config, std::int64_t rows, std::int64_t n_ctx);
-
-  std::int64_t rows, n_ctx, head_rows;                 // rows of a tile of logits
-  std::span<float> r, dr, x, y;                        // [rows, d_model]
-  std::span<float> gate, up;                           // [rows, d_ff]
-  std::span<float> d_mixed, dq, dk, dv;                // [rows, heads · head_dim]
-  std::span<float> attention;                          // window_attention()'s workspace
-  std::span<float> teacher_logits, logits;             // [head_rows, vocab_size]
-  std::span<double> divergence;                        // [rows]
-  std::span<std::uint16_t> operand, hidden, d_logits;  // [rows, d_model or heads], …
-  std::span<std::int32_t> positions;                   // [rows]
-  std::span<cuda::Count> ignored;                      // counts that nobody wants
-  CudaTape tape;                                       // of layers that keep none of their own
-
- private:
-  std::unique_ptr<cuda::Arena> arena_;
-};
 
 /// A converted layer under training: in float32 what changes, its operands beside it.
 struct CudaSelfRouted {
@@ -92,36 +52,17 @@ class CudaHybrid {
   const models::ModelConfig& config() const { return config_; }
 
  private:
-  struct Attention {
-    std::array<std::span<std::uint16_t>, kAttentionMatrices> w;  // by AttentionMatrix
-    std::span<float> norm, q_norm, k_norm, post_norm;
-    std::span<float> freq, back_freq;  // angles of rope(), and those turned back
-    std::int64_t window = 0;
-  };
-  struct Layer {
-    Attention attention;
-    std::span<float> mlp_norm, post_mlp_norm;
-    kernels::Activation phi = kernels::Activation::Silu;
-    std::array<std::span<std::uint16_t>, 3> dense;  // gate, up, down
-    std::optional<std::size_t> converted;
-  };
-
-  void take_memory(const models::Checkpoint& checkpoint);
-  void copy_weights(const models::Checkpoint& checkpoint);
+  void check_layers(const models::Checkpoint& checkpoint, Hybrid<Bfloat16>* learns);
+  void take_memory();
   std::int64_t first_converted() const;
-  std::int64_t q_cols() const { return std::int64_t{config_.n_heads} * config_.head_dim; }
-  std::int64_t kv_cols() const { return std::int64_t{config_.n_kv_heads} * config_.head_dim; }
   CudaTape& tape(std::size_t layer);
-  cuda::WindowShape window_shape(const Layer& layer) const;
-  cuda::Bf16Matrix operand(ConstMatrix x);  // in the scratch's one
-  cuda::Bf16Matrix matrix_of(const Layer& layer, std::size_t m) const;
+  CudaMlp mlp_of(std::size_t layer, bool counts) const;
+  Matrix stream(std::int64_t rows) const { return view(s_.r, rows, config_.d_model); }
 
-  void embed(std::span<const std::int32_t> tokens);
   void run_layers(std::int64_t rows, bool keep);
-  void attention_forward(const Layer& layer, CudaTape& tape, std::int64_t rows);
-  void mlp_forward(const Layer& layer, CudaTape& tape, std::int64_t rows, bool counts);
-  void mlp_backward(const Layer& layer, CudaTape& tape, std::int64_t rows, bool need_dr);
-  void attention_backward(const Layer& layer, CudaTape& tape, ConstMatrix r_in, std::int64_t rows);
+  void run_layer(std::size_t layer, CudaTape& tape, std::int64_t rows, bool counts);
+  void mlp_backward(std::size_t layer, CudaTape& tape, std::int64_t rows, bool need_dr);
+  void attention_backward(std::size_t layer, CudaTape& tape, ConstMatrix r_in, std::int64_t rows);
   void head(std::int64_t rows, const std::uint16_t* teacher, double unit, bool back, double* kl);
 
   models::ModelConfig config_;
@@ -129,11 +70,8 @@ class CudaHybrid {
   cuda::Blas& blas_;
   const cuda::Stream& stream_;
   bool recompute_, learns_;
-  WeightView embedding_;  // in the file's format
-  std::span<std::byte> embedding_bytes_;
-  std::span<float> output_norm_;
-  std::span<std::uint16_t> head_;  // of a model that learns
-  std::vector<Layer> layers_;
+  CudaDecoder frozen_;                                    // all that does not learn
+  std::vector<std::optional<std::size_t>> converted_at_;  // [n_layers]
   std::vector<CudaSelfRouted> converted_;
   std::span<cuda::Count> counts_;
   std::vector<CudaTape> tapes_;           // [n_layers] or none

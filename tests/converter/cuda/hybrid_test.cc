@@ -70,7 +70,7 @@ TEST_P(CudaHybridTest, GradientsEqualTheCpus) {
   Hybrid<Bfloat16> model(*checkpoint, lent.ctx, kContext, c.recompute);
   for (auto& own : model.converted()) own.self_routed()->straight_through = c.straight_through;
   cuda::Blas blas(stream);
-  CudaScratch scratch(checkpoint->config, kRows, kContext);
+  CudaScratch scratch(checkpoint->config, kRows, kContext, CudaWork::Training);
   CudaHybrid on_device(*checkpoint, &model, c.recompute, scratch, blas, stream);
   const auto tokens = models::random_ids(kRows);
   const auto ids = cuda::on_device(tokens, stream);
