@@ -168,7 +168,7 @@ LayerData collect_layer(models::Transformer& model, const Calibration& text, int
 }
 
 Gaussian fit_gaussian(Context& ctx, ConstMatrix x) {
-  Context exact{ctx.pool, ctx.workspace, ctx.tally, Activations::F32};
+  Context exact = ctx.with(Activations::F32);
   const std::int64_t d = x.cols;
   Gaussian out;
   out.mean = column_means(x);
@@ -203,7 +203,7 @@ Gaussian fit_gaussian(Context& ctx, ConstMatrix x) {
 }
 
 void sample_gaussian(Context& ctx, const Gaussian& gaussian, std::uint64_t seed, Matrix x) {
-  Context exact{ctx.pool, ctx.workspace, ctx.tally, Activations::F32};
+  Context exact = ctx.with(Activations::F32);
   const std::int64_t d = x.cols;
   AlignedBuffer<float> factor(gaussian.factor.data.size());
   std::transform(gaussian.factor.data.begin(), gaussian.factor.data.end(), factor.begin(),
