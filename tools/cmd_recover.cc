@@ -40,7 +40,7 @@ void recover(Options& options) {
           fmt::format("-o {}: is one of the inputs, expected another file", options.output));
     }
   }
-  recover.recover.device = make_device_training(options.run.device);
+  recover.recover.device = make_converter_device(options.run.device).training;
   Runtime runtime(options.run);
   Progress progress(options.run.quiet);
   try {

@@ -332,7 +332,6 @@ TEST_F(RecoverOnCuda, CutAndResumedGivesTheSameFile) {
   expect_one_line_error(run_program(again), 1, ".state");
 }
 
-// The layer-wise stage is the CPU's, so both begin alike.
 TEST_F(RecoverOnCuda, BestTrainsThere) {
   const std::string on_cpu = (folder.path() / "cpu.gguf").string();
   const std::string on_gpu = (folder.path() / "gpu.gguf").string();
@@ -371,9 +370,83 @@ TEST_F(RecoverOnCuda, NamesWhatRunsOnTheCpuAlone) {
   asked = line(output);
   asked.insert(asked.end(), {"--device", "cuda", "--refit-every", "10"});
   expect_one_line_error(run_program(asked), 1, "routers are refitted on the CPU alone");
-  expect_one_line_error(run_program({"convert", dense.path.string(), "-o", output, "--data", text,
-                                     "--device", "cuda", "-q"}),
-                        1, "--device: the recipe \"fast\" runs on the CPU alone");
+}
+
+// Every kind of recipe: calibrated and measured there, the hybrid is the CPU's but for roundings.
+class ConvertOnCuda : public OnCudaDevice {
+ protected:
+  std::vector<std::string> line(const std::string& output, const std::string& recipe,
+                                const std::vector<std::string>& more = {}) const {
+    std::vector<std::string> all = {
+        "convert", dense.path.string(), "-o",   output,     "--data", text, "--recipe",
+        recipe,    "--tokens",          "1024", "--active", "0.5",    "-t", "2"};
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  }
+  std::string path(const std::string& name) const { return (folder.path() / name).string(); }
+  static nlohmann::json report(const std::string& output) {
+    return nlohmann::json::parse(bytes(output + ".report.json"));
+  }
+  double perplexity(const std::string& file) const {
+    return run_program({"eval", file, "--data", text, "--n-ctx", "64", "-o", "json", "-q"})
+        .json()["perplexity"]
+        .get<double>();
+  }
+
+  TemporaryFolder folder;
+  std::string text = folder.write("text.txt", words(4000));
+  TinyModel dense{{.dtype = DType::Q8_0}, [](TinyModel& m) {
+                    add_vocabulary(m);
+                    m.set("llama.context_length", models::GgufValue::u32(64));
+                  }};
+};
+
+TEST_F(ConvertOnCuda, HybridsAreTheCpus) {
+  const double of_dense = perplexity(dense.path.string());
+  for (const char* recipe : {"fast", "threshold", "low-rank", "paper"}) {
+    SCOPED_TRACE(recipe);
+    const std::string on_cpu = path(std::string(recipe) + "_cpu.gguf");
+    const std::string on_gpu = path(std::string(recipe) + "_gpu.gguf");
+    const ProgramRun cpu = run_program(line(on_cpu, recipe, {"-q"}));
+    ASSERT_EQ(cpu.status, 0) << cpu.err;
+    const ProgramRun gpu = run_program(line(on_gpu, recipe, {"-q", "--device", "cuda"}));
+    ASSERT_EQ(gpu.status, 0) << gpu.err;
+    EXPECT_EQ(gpu.err, "");
+    const nlohmann::json a = report(on_cpu), b = report(on_gpu);
+    EXPECT_NEAR(b["active_fraction"].get<double>(), a["active_fraction"].get<double>(), 0.02);
+    ASSERT_EQ(b["layers"].size(), a["layers"].size());
+    for (std::size_t l = 0; l < a["layers"].size(); ++l) {
+      const auto &x = a["layers"][l], &y = b["layers"][l];
+      EXPECT_EQ(y["kind"], x["kind"]);
+      for (const char* share : {"input_share", "gate_share", "hidden_share"}) {
+        if (!x.contains(share)) continue;
+        EXPECT_NEAR(y[share].get<double>(), x[share].get<double>(), 0.06) << share;
+      }
+      const double error = x["error_distilled"].get<double>();
+      EXPECT_NEAR(y["error_distilled"].get<double>(), error, 0.1 * error);
+    }
+    const double expected = perplexity(on_cpu);
+    EXPECT_NE(expected, of_dense);
+    EXPECT_NEAR(perplexity(on_gpu), expected, 0.02 * expected);
+  }
+}
+
+TEST_F(ConvertOnCuda, CutAndResumedGivesTheSameFile) {
+  const auto on_gpu = [&](const std::string& output, const std::vector<std::string>& more = {}) {
+    std::vector<std::string> asked = line(output, "low-rank", {"--device", "cuda:0"});
+    asked.insert(asked.end(), more.begin(), more.end());
+    return asked;
+  };
+  const std::string whole = path("whole.gguf"), output = path("cut.gguf");
+  const ProgramRun uncut = run_program(on_gpu(whole, {"-q"}));
+  ASSERT_EQ(uncut.status, 0) << uncut.err;
+  const ProgramRun cut = run_program_and_signal(on_gpu(output), "layer  0: active", SIGKILL);
+  ASSERT_EQ(cut.status, 128 + SIGKILL) << cut.err;
+  // The CPU rounds otherwise: it does not go on from there.
+  expect_one_line_error(run_program(line(output, "low-rank", {"--resume", "-q"})), 1, ".state");
+  const ProgramRun resumed = run_program(on_gpu(output, {"--resume", "-q"}));
+  ASSERT_EQ(resumed.status, 0) << resumed.err;
+  EXPECT_EQ(bytes(output), bytes(whole));
 }
 
 // The closed form is the CPU's, whose distillation rounds operands to bfloat16 (here 2 to 3 % of

@@ -72,7 +72,7 @@ void CudaHybrid::moe_backward(CudaConverted& own, CudaTape& tape, ConstMatrix dy
     return view(own.tensors[t].gradient, rows, cols);
   };
   const auto xo = view(tape.x, m, d);
-  const cuda::Bf16Matrix dyo = operand(dy);
+  const cuda::Bf16Matrix dyo = frozen_.operand(dy);
   cuda::add_rows(dy, own.tensors[kMoeBias].gradient.data(), stream_);
   blas_.multiply(true, false, view(tape.h, m, n), dyo, true, gradient(kMoeDown, n, d));
   const Matrix df = view(s_.gate, m, n);

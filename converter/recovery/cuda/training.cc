@@ -79,7 +79,7 @@ CudaTraining::CudaTraining(const TrainingParts& parts, int device)
     : parts_(parts),
       device_(use(device)),
       d_model_(parts.hybrid->config.d_model),
-      scratch_(*parts.hybrid, parts.part, parts.n_ctx),
+      scratch_(*parts.hybrid, parts.part, parts.n_ctx, CudaWork::Training),
       teacher_(*parts.dense, nullptr, false, scratch_, blas_, stream_),
       student_(*parts.hybrid, parts.model, parts.recompute, scratch_, blas_, stream_),
       kept_(parts.tokens.size() / static_cast<std::size_t>(parts.n_ctx)) {

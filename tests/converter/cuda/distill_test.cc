@@ -257,7 +257,7 @@ TEST_F(CudaDistillation, TellsItsLossAndStopsWhenAsked) {
   EXPECT_TRUE(same_bits(next, b));
 }
 
-// What 16 steps more cost is counted (steps.cmake): batches of 15 rows, three a pass.
+// What 20 steps more cost is counted (CMakeLists.txt): batches of 15 rows, three a pass.
 class CudaDistillSteps : public cuda::OnDevice {
  protected:
   static void run(double passes) {
@@ -270,8 +270,8 @@ class CudaDistillSteps : public cuda::OnDevice {
     cuda_distillation(0)()->distill(c.ctx, s, c.sample, o, monitor);
   }
 };
-TEST_F(CudaDistillSteps, Eight) { run(8.0 / 3 + 0.01); }
-TEST_F(CudaDistillSteps, TwentyFour) { run(8); }
+TEST_F(CudaDistillSteps, Ten) { run(10.0 / 3 + 0.01); }
+TEST_F(CudaDistillSteps, Thirty) { run(10); }
 
 TEST_F(CudaDistillation, GapsAreNamed) {
   LayerCase c(20, 8, 12, Activation::Silu);

@@ -85,7 +85,7 @@ TEST_P(CudaHybridTest, GradientsEqualTheCpus) {
     }
   }
   cuda::Blas blas(stream);
-  CudaScratch scratch(*checkpoint, kRows, kContext);
+  CudaScratch scratch(*checkpoint, kRows, kContext, CudaWork::Training);
   CudaHybrid on_device(*checkpoint, &model, c.recompute, scratch, blas, stream);
   const auto tokens = models::random_ids(kRows);
   const auto ids = cuda::on_device(tokens, stream);
