@@ -12,9 +12,7 @@ constexpr float kBeta2 = 0.999F;
 
 }  // namespace
 
-AdamTensor::AdamTensor(std::span<float> value, std::span<float> gradient, double rate,
-                       AdamUnit unit)
-    : value_(value), gradient_(gradient), rate_(rate), m_(value.size()), v_(value.size()) {
+AdamClock::AdamClock(std::span<const float> value, double rate, AdamUnit unit) : rate_(rate) {
   if (unit == AdamUnit::One) return;
   double square = 0;
   for (const float x : value) square += static_cast<double>(x) * x;
@@ -23,12 +21,20 @@ AdamTensor::AdamTensor(std::span<float> value, std::span<float> gradient, double
   unit_ = rms > 0 ? rms : 1e-3;
 }
 
-AdamTensor::Step AdamTensor::count_step(double schedule) {
+AdamClock::Step AdamClock::count_step(double schedule) {
   ++steps_;
   return {.correction1 = static_cast<float>(1 / (1 - std::pow(kBeta1, steps_))),
           .correction2 = static_cast<float>(1 / (1 - std::pow(kBeta2, steps_))),
           .rate = static_cast<float>(rate_ * schedule * unit_)};
 }
+
+AdamTensor::AdamTensor(std::span<float> value, std::span<float> gradient, double rate,
+                       AdamUnit unit)
+    : clock_(value, rate, unit),
+      value_(value),
+      gradient_(gradient),
+      m_(value.size()),
+      v_(value.size()) {}
 
 void AdamTensor::step(Context& ctx, double schedule, double gradient_scale) {
   const Step now = count_step(schedule);
@@ -50,7 +56,7 @@ void AdamTensor::step(Context& ctx, double schedule, double gradient_scale) {
 }
 
 void AdamTensor::reset() {
-  steps_ = 0;
+  clock_.set_steps(0);
   std::fill(m_.begin(), m_.end(), 0.0F);
   std::fill(v_.begin(), v_.end(), 0.0F);
 }

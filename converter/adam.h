@@ -14,20 +14,38 @@ enum class AdamUnit {
   One,             // plain Adam
 };
 
-/// One tensor under Adam (Kingma & Ba 2015, β 0.9/0.999, ε 1e-8).
-class AdamTensor {
+/// A tensor's steps, wherever they are taken.
+class AdamClock {
  public:
-  /// Both borrowed, of one length. A tensor that starts at zero has the unit 1e-3.
-  AdamTensor(std::span<float> value, std::span<float> gradient, double rate,
-             AdamUnit unit = AdamUnit::RootMeanSquare);
+  /// A tensor that starts at zero has the unit 1e-3.
+  AdamClock(std::span<const float> value, double rate, AdamUnit unit = AdamUnit::RootMeanSquare);
 
-  /// What the next step takes: the corrections of both moments, 1 / (1 − βᵗ), and rate · schedule ·
-  /// unit.
+  /// What a step takes: the corrections of both moments, 1 / (1 − βᵗ), and rate · schedule · unit.
   struct Step {
     float correction1, correction2, rate;
   };
-  /// Counts a step, which the caller takes.
   Step count_step(double schedule);
+
+  std::int64_t steps() const { return steps_; }
+  void set_steps(std::int64_t steps) { steps_ = steps; }
+
+ private:
+  double rate_;
+  double unit_ = 1;
+  std::int64_t steps_ = 0;  // since the moments were last empty
+};
+
+/// One tensor under Adam (Kingma & Ba 2015, β 0.9/0.999, ε 1e-8).
+class AdamTensor {
+ public:
+  using Step = AdamClock::Step;
+
+  /// Both borrowed, of one length.
+  AdamTensor(std::span<float> value, std::span<float> gradient, double rate,
+             AdamUnit unit = AdamUnit::RootMeanSquare);
+
+  /// Counts a step, which the caller takes.
+  Step count_step(double schedule) { return clock_.count_step(schedule); }
 
   /// value −= rate · schedule · unit · m̂ / (√v̂ + ε), the gradient taken times `gradient_scale`.
   void step(Context& ctx, double schedule, double gradient_scale = 1);
@@ -41,15 +59,13 @@ class AdamTensor {
   // What a resumed training needs back.
   std::span<float> first_moment() { return m_.span(); }
   std::span<float> second_moment() { return v_.span(); }
-  std::int64_t steps() const { return steps_; }
-  void set_steps(std::int64_t steps) { steps_ = steps; }
+  std::int64_t steps() const { return clock_.steps(); }
+  void set_steps(std::int64_t steps) { clock_.set_steps(steps); }
 
  private:
+  AdamClock clock_;
   std::span<float> value_;
   std::span<float> gradient_;
-  double rate_;
-  double unit_ = 1;
-  std::int64_t steps_ = 0;  // since the moments were last empty
   AlignedBuffer<float> m_, v_;
 };
 

@@ -17,6 +17,7 @@
 #include "converter/recovery/recover_file.h"
 #include "converter/report.h"
 #include "converter/state.h"
+#include "converter/stream.h"
 #include "models/expert_usage.h"
 #include "models/gguf_writer.h"
 #include "models/mixture_file.h"
@@ -68,6 +69,7 @@ nlohmann::ordered_json fingerprint(const Job& job, int n_threads, const std::str
   j["tokens"] = job.n_tokens;
   j["seed"] = o.seed;
   j["threads"] = n_threads;
+  if (o.device.passes) j["device"] = "cuda";  // other roundings: another conversion
   j["expert_type"] = o.expert_dtype ? std::string(traits(*o.expert_dtype).name) : "auto";
   j["router_type"] = o.router_dtype ? std::string(traits(*o.router_dtype).name) : "auto";
   if (job.recipe.method == Method::Paper || job.recipe.method == Method::LowRank) {
@@ -131,6 +133,12 @@ void report_recovered(const Recovered& recovered, const std::filesystem::path& o
   report.recovery = recovered.report;
 }
 
+std::unique_ptr<Passes> make_passes(const ConverterDevice& device, models::Transformer& model,
+                                    std::int64_t n_ctx) {
+  if (device.passes) return device.passes(model, n_ctx);
+  return std::make_unique<HostPasses>(model);
+}
+
 // Bytes of the files in a folder; 0 where there is none.
 std::int64_t folder_bytes(const std::filesystem::path& folder) {
   std::int64_t bytes = 0;
@@ -163,7 +171,10 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
                       "--active: {} given, expected a fraction above 0 and at most 1",
                       options.active);
   const Recipe& recipe = find_recipe(options.recipe);
-  Context ctx{caller_ctx.pool, caller_ctx.workspace, caller_ctx.tally, Activations::BF16};
+  const std::unique_ptr<kernels::Products> products =
+      options.device.products ? options.device.products() : nullptr;
+  Context ctx = caller_ctx.with(Activations::BF16);
+  ctx.products = products.get();
 
   const auto checkpoint = models::Checkpoint::load(options.model);
   require<InputError>(!models::is_hybrid(*checkpoint->file),
@@ -172,14 +183,12 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   const auto tokenizer = models::load_tokenizer(*checkpoint->file);
   Job job{
       options, recipe, options.tokens > 0 ? options.tokens : recipe.tokens, {}, options.recover};
-  require<InputError>(recipe.recover_tokens > 0 || !options.recover.device,
-                      "--device: the recipe \"{}\" runs on the CPU alone, \"best\" trains on CUDA",
-                      recipe.name);
   require<InputError>(recipe.recover_tokens > 0 || options.recover.tokens == 0,
                       "--recover-tokens: the recipe \"{}\" does not recover, \"best\" does",
                       recipe.name);
   if (job.recover.tokens == 0) job.recover.tokens = recipe.recover_tokens;
   job.recover.seed = options.seed;
+  job.recover.device = options.device.training;
   job.recover.expert_type = options.expert_dtype;
   job.recover.n_ctx = std::min(kContext, checkpoint->config.context_length);
   // What no other recipe reads must not be passed over in silence.
@@ -288,19 +297,21 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
   report.data_digest = calibration.digest;
   report.n_tokens = static_cast<std::int64_t>(calibration.tokens.size());
 
+  std::unique_ptr<Passes> passes = make_passes(options.device, model, calibration.n_ctx);
   const std::filesystem::path converted = recovers ? state.hybrid_path() : options.output;
   if (!to_self_routed) {
     const std::vector<SavedLayer> layers =
-        to_paper ? to_paper->run(calibration, schedule, report, monitor)
-                 : to_low_rank->run(calibration, schedule, report, monitor);
+        to_paper ? to_paper->run(*passes, calibration, schedule, report, monitor)
+                 : to_low_rank->run(*passes, calibration, schedule, report, monitor);
     for (const SavedLayer& layer : layers) report.layers.push_back(layer.report);
     monitor.stage("write the hybrid", 1);
     assemble(*checkpoint->file, layers, options, report, converted);
   } else {
-    to_self_routed->run(calibration, schedule, report, converted, monitor);
+    to_self_routed->run(*passes, calibration, schedule, report, converted, monitor);
     models::write_file_atomically(options.output.string() + ".plan.json",
                                   plan_json(to_self_routed->plan()));
   }
+  passes.reset();  // its memory is the recovery's
   if (recovers) {
     schedule.next(recover_cost);
     const auto hybrid = models::Checkpoint::load(state.hybrid_path());

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "converter/device.h"
 #include "converter/recovery/recover.h"
 #include "converter/self_routed/shares.h"
 #include "engine/monitor.h"
@@ -25,8 +26,10 @@ struct ConvertOptions {
   std::int64_t tokens = 0;  // calibration tokens; 0: the recipe's default
   bool resume = false;      // continue from the state an earlier run left beside the output
   std::uint64_t seed = 0;
-  // Recovery behind the layer-wise stage; tokens 0: the recipe's default. Its seed is `seed`.
+  // Recovery behind the layer-wise stage; tokens 0: the recipe's default. Its seed is `seed`, its
+  // device that of the conversion.
   RecoverOptions recover;
+  ConverterDevice device;
   Budget budget = Budget::Planned;    // of self-routed recipes
   std::filesystem::path plan;         // a plan to follow instead of making one
   std::filesystem::path curves;       // a plan whose measured curves to plan from
@@ -85,11 +88,11 @@ bool is_mixture(const LayerReport& layer);
 /// "paper" train the papers' students instead). Says beforehand
 /// through monitor.line() how much memory and disk it needs. Holds one layer's activations at a
 /// time. After every layer its result is kept in OUTPUT.state/ (atomic files); with resume, layers
-/// found there for the same options, checkpoint and data are taken over, and the output is byte for
-/// byte what an uninterrupted run gives with the same seed and thread count. The state is removed
-/// after the output was written. Also writes OUTPUT.report.json and OUTPUT.report.html. Throws
-/// InputError (bad options; state of another conversion), FormatError, IoError, Interrupted (state
-/// kept).
+/// found there for the same options, checkpoint, data and kind of device are taken over, and the
+/// output is byte for byte what an uninterrupted run gives with the same seed and thread count. The
+/// state is removed after the output was written. Also writes OUTPUT.report.json and
+/// OUTPUT.report.html. Throws InputError (bad options; state of another conversion), FormatError,
+/// IoError, Interrupted (state kept).
 ConvertReport convert(const ConvertOptions& options, Context& ctx, engine::Monitor& monitor);
 
 }  // namespace moesaic::converter

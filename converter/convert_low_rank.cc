@@ -8,9 +8,10 @@
 #include "converter/fit.h"
 #include "converter/layerwise.h"
 #include "converter/linalg.h"
+#include "converter/rows.h"
 #include "converter/sensitivity.h"
 #include "converter/start.h"
-#include "converter/stream.h"
+#include "converter/tiles.h"
 
 namespace moesaic::converter {
 namespace {
@@ -83,27 +84,31 @@ constexpr double kSensitivityCost = 8;  // per token of its sample and layer
 // exists.
 class Conversion {
  public:
-  Conversion(const Job& job, models::Transformer& model, const Calibration& calibration)
+  Conversion(const Job& job, Passes& passes, const Calibration& calibration)
       : job_(job),
-        model_(model),
-        ctx_(model.context()),
-        dense_(model, calibration.tokens, calibration.n_ctx),
-        hybrid_(model, calibration.tokens, calibration.n_ctx),
-        n_(dense_.n_tokens()),
-        d_(model.config().d_model),
+        passes_(passes),
+        model_(passes.model()),
+        ctx_(model_.context()),
+        dense_(passes.stream(calibration.tokens, calibration.n_ctx)),
+        hybrid_(passes.stream(calibration.tokens, calibration.n_ctx)),
+        n_(dense_->n_tokens()),
+        d_(model_.config().d_model),
         n_fit_(n_ - std::max<std::int64_t>(1, calibration.n_windows() / 16) * calibration.n_ctx),
-        x_(static_cast<std::size_t>(n_ * d_)),
-        y_(x_.size()) {}
+        r_(static_cast<std::size_t>(n_ * d_)),
+        x_(r_.size()),
+        y_(r_.size()),
+        distillation_(job.options.device.distillation ? job.options.device.distillation()
+                                                      : nullptr) {}
 
   // A layer that was converted before, or stays dense: both streams move on.
   void pass(int layer, const SavedLayer& saved) {
-    dense_.attention(layer);
-    dense_.mlp(layer, dense_mlp(layer));
-    hybrid_.attention(layer);
+    dense_->attention(layer);
+    dense_->mlp(layer, passes_.own_mlp(layer));
+    hybrid_->attention(layer);
     if (!saved.mlp) {
-      hybrid_.mlp(layer, dense_mlp(layer));
+      hybrid_->mlp(layer, passes_.own_mlp(layer));
     } else {
-      hybrid_.mlp_input(layer, x());
+      hybrid_->mlp_rows(layer, {.x = x()});
       std::vector<float> usage;
       finish(layer, *saved.mlp, usage);
     }
@@ -116,7 +121,7 @@ class Conversion {
     const Recipe& recipe = job_.recipe;
     const LayerCosts costs(job_);
     const auto n_tokens = static_cast<double>(n_);
-    const auto& mlp = std::get<models::DenseMlp>(dense_mlp(layer));
+    const auto& mlp = std::get<models::DenseMlp>(passes_.own_mlp(layer));
     const DType experts = expert_dtype(job_.options, mlp);
     const DType router = router_dtype(job_.options, job_.shape);
     const std::string name = fmt::format("layer {}", layer);
@@ -127,18 +132,17 @@ class Conversion {
     };
 
     stage("calibrate", 1, costs.calibrate);
-    dense_.attention(layer);
-    hybrid_.attention(layer);
-    hybrid_.mlp_input(layer, x());
-    forward_rows(ctx_, mlp, x(), y());
-    const std::vector<float> weight = token_weights(model_, layer, hybrid_.r(), y());
+    dense_->attention(layer);
+    hybrid_->attention(layer);
+    hybrid_->mlp_rows(layer, {r(), x(), y()});
+    const std::vector<float> weight = token_weights(model_, layer, r(), y());
     // What the hybrid must still gain to stand where the dense model stands, before this layer's
     // MLP adds to both. A norm behind the MLP hides magnitudes, so there the layer answers for its
     // own output alone.
     if (recipe.correction > 0 && !model_.config().post_norms) {
       add_drift(static_cast<float>(recipe.correction));
     }
-    dense_.mlp(layer, mlp);
+    dense_->mlp(layer, mlp);
     const LayerSample sample{x(), y(), weight, n_fit_};
     const LayerSample held_out = sample.held_out();
 
@@ -165,7 +169,11 @@ class Conversion {
     const std::int64_t steps = distill_steps(options, n_fit_);
     if (steps == 0) return packed;
     stage("distill", steps, costs.distill);
-    distill(ctx_, student, sample, options, monitor);
+    if (distillation_ != nullptr) {
+      distillation_->distill(ctx_, student, sample, options, monitor);
+    } else {
+      distill(ctx_, student, sample, options, monitor);
+    }
     // Round what the features depend on, then fit once more what comes after them: the rounding is
     // so made up for.
     stage("fit the outputs again", 1, costs.refit);
@@ -187,38 +195,39 @@ class Conversion {
   // runs.
   void finish(int layer, const models::Mlp& mlp, std::vector<float>& usage) {
     run_counted(ctx_, mlp, x(), y(), usage);
-    hybrid_.add_mlp_output(layer, y());
+    hybrid_->add_mlp_output(layer, y());
   }
 
  private:
+  Matrix r() { return {r_.data(), n_, d_}; }
   Matrix x() { return {x_.data(), n_, d_}; }
   Matrix y() { return {y_.data(), n_, d_}; }
-  const models::Mlp& dense_mlp(int layer) const {
-    return model_.checkpoint().layers[static_cast<std::size_t>(layer)].mlp;
-  }
 
   // y += share · (dense r − hybrid r)
   void add_drift(float share) {
-    const float* dense = dense_.r().data;
-    const float* hybrid = hybrid_.r().data;
-    ctx_.pool.run([&](int thread) {
-      const Range range = split(n_ * d_, ctx_.pool.n_threads(), thread, 16);
-      for (std::int64_t i = range.begin; i < range.end; ++i) {
-        y_[static_cast<std::size_t>(i)] += share * (dense[i] - hybrid[i]);
-      }
+    for_tiles(ctx_, n_, [&](std::int64_t first, std::int64_t rows) {
+      const Matrix dense = take(ctx_, rows, d_);
+      dense_->read(first, dense);
+      for_each_row(ctx_, rows, [&](std::int64_t t, int) {
+        const float *from = dense.row(t), *hybrid = r().row(first + t);
+        float* to = y().row(first + t);
+        for (std::int64_t i = 0; i < d_; ++i) to[i] += share * (from[i] - hybrid[i]);
+      });
     });
   }
 
   const Job& job_;
+  Passes& passes_;
   models::Transformer& model_;
   Context& ctx_;
-  Stream dense_;
-  Stream hybrid_;
+  std::unique_ptr<Stream> dense_, hybrid_;
   std::int64_t n_;
   std::int64_t d_;
   std::int64_t n_fit_;
-  AlignedBuffer<float> x_;  // [n, d_model] the hybrid's MLP inputs
+  AlignedBuffer<float> r_;  // [n, d_model] the hybrid's stream before the MLP
+  AlignedBuffer<float> x_;  // [n, d_model] its MLP inputs
   AlignedBuffer<float> y_;  // [n, d_model] outputs wanted, then the layer's own
+  std::unique_ptr<DeviceDistillation> distillation_;  // or null: on the CPU
 };
 
 }  // namespace
@@ -260,13 +269,13 @@ void check_low_rank(const Job& job, const models::Checkpoint& checkpoint) {
   }
 }
 
-// Four [tokens, d_model] arrays, one tile's activations with their gradients, the normal equations,
+// Five [tokens, d_model] arrays, one tile's activations with their gradients, the normal equations,
 // Adam's state.
 std::int64_t low_rank_memory(const Job& job) {
   const std::int64_t d = job.shape.d_model;
   const std::int64_t n = job.shape.d_ff + job.shape.n_clones * job.shape.block;
   const std::int64_t f = n + d + 1;
-  const std::int64_t streams = 4 * 4 * job.n_tokens * d;
+  const std::int64_t streams = 4 * 5 * job.n_tokens * d;
   const std::int64_t tile = 4 * 2048 * (8 * n + 6 * d);
   const std::int64_t equations = (4 + 8 + 8) * f * f;
   const std::int64_t adam = 4 * 3 * n * d * 5;
@@ -311,9 +320,9 @@ double LowRankConversion::cost() const {
   return sum;
 }
 
-void LowRankConversion::make_plan(const Calibration& calibration, Schedule& schedule,
-                                  engine::Monitor& monitor, std::vector<LayerPlan>& plans,
-                                  std::vector<double>& sensitivity) {
+void LowRankConversion::make_plan(Passes& passes, const Calibration& calibration,
+                                  Schedule& schedule, engine::Monitor& monitor,
+                                  std::vector<LayerPlan>& plans, std::vector<double>& sensitivity) {
   const ConvertOptions& o = job_.options;
   const int n_layers = model_.config().n_layers;
   const std::vector<bool> layers = wanted();
@@ -329,7 +338,7 @@ void LowRankConversion::make_plan(const Calibration& calibration, Schedule& sche
     schedule.next(sensitivity_cost());
     monitor.stage("measure the layers' sensitivity", n_layers);
     sensitivity = measure_sensitivity(
-        model_,
+        passes,
         std::span(calibration.tokens).first(static_cast<std::size_t>(windows * calibration.n_ctx)),
         calibration.n_ctx, plan_for_fraction(job_.shape, std::min(o.active, 0.8)), layers,
         job_.recipe, monitor);
@@ -347,8 +356,9 @@ void LowRankConversion::make_plan(const Calibration& calibration, Schedule& sche
   state_.save_plan(plan_to_json(plans, sensitivity));
 }
 
-std::vector<SavedLayer> LowRankConversion::run(const Calibration& calibration, Schedule& schedule,
-                                               ConvertReport& report, engine::Monitor& monitor) {
+std::vector<SavedLayer> LowRankConversion::run(Passes& passes, const Calibration& calibration,
+                                               Schedule& schedule, ConvertReport& report,
+                                               engine::Monitor& monitor) {
   const int n_layers = model_.config().n_layers;
   const LayerCosts costs(job_);
   const auto n_kept = static_cast<double>(saved_.size());
@@ -359,7 +369,7 @@ std::vector<SavedLayer> LowRankConversion::run(const Calibration& calibration, S
     plan_from_json(*kept_plan_, (state_.path() / "plan.json").string(), n_layers, plans,
                    sensitivity);
   } else {
-    make_plan(calibration, schedule, monitor, plans, sensitivity);
+    make_plan(passes, calibration, schedule, monitor, plans, sensitivity);
   }
   for (const LayerPlan& plan : plans) {
     report.active_fraction += active_fraction(plan, job_.shape.d_model, job_.shape.d_ff) / n_layers;
@@ -377,7 +387,7 @@ std::vector<SavedLayer> LowRankConversion::run(const Calibration& calibration, S
                   report.active_fraction, n_layers - n_dense, n_layers, n_dense));
 
   if (static_cast<int>(saved_.size()) < n_layers) {
-    Conversion conversion(job_, model_, calibration);
+    Conversion conversion(job_, passes, calibration);
     if (!saved_.empty()) {
       schedule.next(n_kept * n_tokens * costs.pass());
       monitor.stage("pass the layers kept from an earlier run",

@@ -8,6 +8,7 @@
 #include "converter/data.h"
 #include "converter/job.h"
 #include "converter/state.h"
+#include "converter/stream.h"
 #include "models/transformer.h"
 
 namespace moesaic::converter {
@@ -24,7 +25,7 @@ class LowRankConversion {
   double cost() const;
 
   /// All layers in order; report.active_fraction becomes the plan's. Throws as convert().
-  std::vector<SavedLayer> run(const Calibration& calibration, Schedule& schedule,
+  std::vector<SavedLayer> run(Passes& passes, const Calibration& calibration, Schedule& schedule,
                               ConvertReport& report, engine::Monitor& monitor);
 
  private:
@@ -32,8 +33,9 @@ class LowRankConversion {
   double sensitivity_cost() const;
   std::vector<bool> wanted() const;  // by --layers
   /// Measures and allots; both are left as they are kept.
-  void make_plan(const Calibration& calibration, Schedule& schedule, engine::Monitor& monitor,
-                 std::vector<LayerPlan>& plans, std::vector<double>& sensitivity);
+  void make_plan(Passes& passes, const Calibration& calibration, Schedule& schedule,
+                 engine::Monitor& monitor, std::vector<LayerPlan>& plans,
+                 std::vector<double>& sensitivity);
 
   const Job& job_;
   models::Transformer& model_;

@@ -120,7 +120,6 @@ SavedLayer PaperConversion::convert_layer(int layer, const Calibration& calibrat
                                           Schedule& schedule, engine::Monitor& monitor) {
   Context& ctx = model_.context();
   const models::ModelConfig& config = model_.config();
-  const models::Mlp& dense = model_.checkpoint().layers[static_cast<std::size_t>(layer)].mlp;
   study::LayerData data;
   data.d_model = config.d_model;
   const auto n_values = static_cast<std::size_t>(stream.n_tokens() * config.d_model);
@@ -129,8 +128,7 @@ SavedLayer PaperConversion::convert_layer(int layer, const Calibration& calibrat
   const auto rows = [&](AlignedBuffer<float>& b) {
     return Matrix(b.data(), stream.n_tokens(), config.d_model);
   };
-  stream.mlp_input(layer, rows(data.x));
-  forward_rows(ctx, dense, rows(data.x), rows(data.y));
+  stream.mlp_rows(layer, {.x = rows(data.x), .y = rows(data.y)});
   study::finish_layer(
       ctx, data, calibration.n_ctx,
       fmt::format("{}: layer {}", model_.checkpoint().file->path().string(), layer));
@@ -175,8 +173,9 @@ SavedLayer PaperConversion::convert_layer(int layer, const Calibration& calibrat
   return state_.save_layer(row, packed, config);
 }
 
-std::vector<SavedLayer> PaperConversion::run(const Calibration& calibration, Schedule& schedule,
-                                             ConvertReport& report, engine::Monitor& monitor) {
+std::vector<SavedLayer> PaperConversion::run(Passes& passes, const Calibration& calibration,
+                                             Schedule& schedule, ConvertReport& report,
+                                             engine::Monitor& monitor) {
   require<InputError>(calibration.n_windows() >= 3,
                       "the text gives {} windows of {} tokens, expected at least 3: to train on, "
                       "to choose and to judge",
@@ -190,15 +189,15 @@ std::vector<SavedLayer> PaperConversion::run(const Calibration& calibration, Sch
           (3.0 * static_cast<double>(shape_.d_model) * static_cast<double>(model_.config().d_ff))));
   const auto n_kept = static_cast<int>(saved_.size());
   if (n_kept < n_layers) {
-    Stream stream(model_, calibration.tokens, calibration.n_ctx);
+    const std::unique_ptr<Stream> stream = passes.stream(calibration.tokens, calibration.n_ctx);
     for (int layer = 0; layer < n_layers; ++layer) {
       monitor.check();
       schedule.next(pass);
       monitor.stage(fmt::format("layer {}: run the text", layer), 1);
-      stream.attention(layer);
+      stream->attention(layer);
       const bool kept = layer < n_kept;
       if (!kept && converts(job_.options, layer)) {
-        saved_.push_back(convert_layer(layer, calibration, stream, schedule, monitor));
+        saved_.push_back(convert_layer(layer, calibration, *stream, schedule, monitor));
         continue;
       }
       if (!kept) {
@@ -207,9 +206,8 @@ std::vector<SavedLayer> PaperConversion::run(const Calibration& calibration, Sch
         row.kind = models::kKindDense;
         saved_.push_back(state_.save_dense_layer(row));
       }
-      const auto index = static_cast<std::size_t>(layer);
-      stream.mlp(layer,
-                 saved_[index].mlp ? *saved_[index].mlp : model_.checkpoint().layers[index].mlp);
+      const auto& mlp = saved_[static_cast<std::size_t>(layer)].mlp;
+      stream->mlp(layer, mlp ? *mlp : passes.own_mlp(layer));
     }
   }
   for (const SavedLayer& layer : saved_) {

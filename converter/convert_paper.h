@@ -25,7 +25,7 @@ class PaperConversion {
 
   /// All layers in order; report.active_fraction becomes the mean over all of them. Throws as
   /// convert().
-  std::vector<SavedLayer> run(const Calibration& calibration, Schedule& schedule,
+  std::vector<SavedLayer> run(Passes& passes, const Calibration& calibration, Schedule& schedule,
                               ConvertReport& report, engine::Monitor& monitor);
 
  private:

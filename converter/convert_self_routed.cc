@@ -74,14 +74,14 @@ double SelfRoutedConversion::thresholds_cost() const {
 
 double SelfRoutedConversion::cost() const { return curves_cost() + thresholds_cost(); }
 
-void SelfRoutedConversion::run(const Calibration& calibration, Schedule& schedule,
+void SelfRoutedConversion::run(Passes& passes, const Calibration& calibration, Schedule& schedule,
                                ConvertReport& report, const std::filesystem::path& output,
                                engine::Monitor& monitor) {
   const int n_layers = model_.config().n_layers;
   if (plan_.layers.empty()) {
     schedule.next(curves_cost());
     monitor.stage("measure what each layer costs", n_layers);
-    plan_ = make_plan(measure_curves(model_, calibration.tokens, calibration.n_ctx, monitor),
+    plan_ = make_plan(measure_curves(passes, calibration.tokens, calibration.n_ctx, monitor),
                       job_.options.active, job_.options.budget);
   }
   state_.save_plan(plan_json(plan_));
@@ -91,7 +91,7 @@ void SelfRoutedConversion::run(const Calibration& calibration, Schedule& schedul
   schedule.next(thresholds_cost());
   monitor.stage("set thresholds", n_layers);
   const std::vector<Thresholds> thresholds =
-      apply_plan(model_, plan_, calibration.tokens, calibration.n_ctx, report.layers, monitor);
+      apply_plan(passes, plan_, calibration.tokens, calibration.n_ctx, report.layers, monitor);
   for (const LayerReport& layer : report.layers) {
     report.active_fraction += layer.active_fraction / n_layers;
   }

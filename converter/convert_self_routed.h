@@ -8,6 +8,7 @@
 #include "converter/job.h"
 #include "converter/self_routed/plan.h"
 #include "converter/state.h"
+#include "converter/stream.h"
 #include "models/transformer.h"
 
 namespace moesaic::converter {
@@ -24,8 +25,8 @@ class SelfRoutedConversion {
 
   /// Writes the hybrid to `output`; fills report.layers and report.active_fraction. Throws as
   /// convert().
-  void run(const Calibration& calibration, Schedule& schedule, ConvertReport& report,
-           const std::filesystem::path& output, engine::Monitor& monitor);
+  void run(Passes& passes, const Calibration& calibration, Schedule& schedule,
+           ConvertReport& report, const std::filesystem::path& output, engine::Monitor& monitor);
 
   /// After run().
   const RoutedPlan& plan() const { return plan_; }

@@ -1,10 +1,8 @@
 #include "converter/distill.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <numeric>
-#include <random>
 
 #include "converter/adam.h"
 #include "kernels/linear.h"
@@ -75,7 +73,62 @@ double weighted_variance(ConstMatrix v, std::span<const float> weight) {
   return std::max({1e-30, 1e-6 * square / total, (square - mean_square) / total});
 }
 
+// Neurons stand in a student as a part of their own.
+template <class Tensors>
+Tensors tensors_of(auto& neurons, auto& rest) {
+  return {neurons.w_gate.span(), neurons.w_up.span(),  neurons.w_down.span(),
+          rest.bias.span(),      rest.bypass_q.span(), rest.bypass_p.span(),
+          rest.router_v.span(),  rest.router_u.span(), rest.router_bias.span()};
+}
+
 }  // namespace
+
+StudentTensors tensors(Student& s) { return tensors_of<StudentTensors>(s.neurons, s); }
+
+std::array<std::span<const float>, kStudentTensors> tensors(const Student& s) {
+  return tensors_of<std::array<std::span<const float>, kStudentTensors>>(s.neurons, s);
+}
+
+StudentTensors tensors(StudentGradients& g) { return tensors_of<StudentTensors>(g, g); }
+
+LossScales loss_scales(Context& ctx, const Student& student, const LayerSample& sample) {
+  LossScales scales;
+  scales.y = weighted_variance(sample.y.slice(0, sample.n_fit), sample.weight);
+  // From the first rows; only the balance of the two losses hangs on it.
+  const Workspace::Scope scope(ctx.workspace);
+  const std::int64_t rows = std::min<std::int64_t>(sample.n_fit, 2048);
+  Matrix h = take(ctx, rows, student.neurons.n);
+  neuron_activations(ctx, student.neurons, sample.x.slice(0, rows), h,
+                     take(ctx, rows, student.neurons.n));
+  Matrix c = take(ctx, rows, student.n_experts());
+  const std::vector<float> norm = down_norms(student.neurons);
+  for (std::int64_t t = 0; t < rows; ++t) contributions(student, norm, h.row(t), c.row(t));
+  scales.c = weighted_variance(c, sample.weight);
+  return scales;
+}
+
+BatchOrder::BatchOrder(std::int64_t n_rows, std::int64_t batch, std::uint64_t seed)
+    : order_(static_cast<std::size_t>(n_rows)),
+      batch_(static_cast<std::size_t>(batch)),
+      next_(order_.size()),
+      rng_(seed) {
+  std::iota(order_.begin(), order_.end(), 0);
+}
+
+std::span<const std::int32_t> BatchOrder::next() {
+  if (next_ + batch_ > order_.size()) {
+    for (std::size_t i = order_.size() - 1; i > 0; --i) {
+      std::swap(order_[i], order_[rng_() % (i + 1)]);
+    }
+    next_ = 0;
+  }
+  next_ += batch_;
+  return std::span<const std::int32_t>(order_).subspan(next_ - batch_, batch_);
+}
+
+double distill_schedule(std::int64_t step, std::int64_t steps) {
+  return cosine_schedule(step, steps, std::max<std::int64_t>(1, steps / 20));
+}
 
 StudentGradients make_gradients(const Student& s) {
   StudentGradients g;
@@ -92,8 +145,8 @@ StudentGradients make_gradients(const Student& s) {
 }
 
 void student_gradients(Context& ctx, const Student& s, ConstMatrix x, ConstMatrix y,
-                       std::span<const float> weight, double y_scale, double c_scale,
-                       double auxiliary, StudentGradients& out) {
+                       std::span<const float> weight, const LossScales& scales, double auxiliary,
+                       StudentGradients& out) {
   const Workspace::Scope scope(ctx.workspace);
   const std::int64_t m = x.rows;
   const std::int64_t d = s.neurons.d_model;
@@ -124,7 +177,7 @@ void student_gradients(Context& ctx, const Student& s, ConstMatrix x, ConstMatri
   // f = the activations that count; the slopes stay in gate (∂f/∂gate) and up (∂f/∂up); scores
   // becomes the auxiliary loss's gradient.
   std::vector<double> aux_by_row(static_cast<std::size_t>(m));
-  const double aux_unit = 1.0 / (total * c_scale);
+  const double aux_unit = 1.0 / (total * scales.c);
   parallel(ctx, m, [&](std::int64_t t) {
     const double w = weight[static_cast<std::size_t>(t)];
     const float* on = mask.row(t);
@@ -165,7 +218,7 @@ void student_gradients(Context& ctx, const Student& s, ConstMatrix x, ConstMatri
     kernels::gemm(ctx, false, true, 1, x, {s.bypass_q.data(), q, d}, 0, qx);
     kernels::gemm(ctx, false, true, 1, qx, {s.bypass_p.data(), d, q}, 1, dy);
   }
-  const double unit = 1.0 / (total * y_scale);
+  const double unit = 1.0 / (total * scales.y);
   std::vector<double> loss_by_row(static_cast<std::size_t>(m));
   parallel(ctx, m, [&](std::int64_t t) {
     const double w = weight[static_cast<std::size_t>(t)];
@@ -215,64 +268,34 @@ void distill(Context& ctx, Student& student, const LayerSample& sample,
   const std::int64_t batch = std::min(options.batch, sample.n_fit);
   const std::int64_t steps = distill_steps(options, sample.n_fit);
   if (steps == 0) return;
-  const ConstMatrix y_fit = sample.y.slice(0, sample.n_fit);
-  const double y_scale = weighted_variance(y_fit, sample.weight);
-
-  // The scale of c from the first rows; only the balance of the two losses hangs on it.
-  double c_scale = 0;
-  {
-    const Workspace::Scope scope(ctx.workspace);
-    const std::int64_t rows = std::min<std::int64_t>(sample.n_fit, 2048);
-    Matrix h = take(ctx, rows, student.neurons.n);
-    neuron_activations(ctx, student.neurons, sample.x.slice(0, rows), h,
-                       take(ctx, rows, student.neurons.n));
-    Matrix c = take(ctx, rows, student.n_experts());
-    const std::vector<float> norm = down_norms(student.neurons);
-    for (std::int64_t t = 0; t < rows; ++t) contributions(student, norm, h.row(t), c.row(t));
-    c_scale = weighted_variance(c, sample.weight);
-  }
+  const LossScales scales = loss_scales(ctx, student, sample);
 
   StudentGradients gradients = make_gradients(student);
-  std::vector<AdamTensor> tensors;
-  tensors.reserve(9);
-  const double rate = options.learning_rate;
-  tensors.emplace_back(student.neurons.w_gate.span(), gradients.w_gate.span(), rate);
-  tensors.emplace_back(student.neurons.w_up.span(), gradients.w_up.span(), rate);
-  tensors.emplace_back(student.neurons.w_down.span(), gradients.w_down.span(), rate);
-  tensors.emplace_back(student.bias.span(), gradients.bias.span(), rate);
-  tensors.emplace_back(student.bypass_q.span(), gradients.bypass_q.span(), rate);
-  tensors.emplace_back(student.bypass_p.span(), gradients.bypass_p.span(), rate);
-  tensors.emplace_back(student.router_v.span(), gradients.router_v.span(), options.router_rate);
-  tensors.emplace_back(student.router_u.span(), gradients.router_u.span(), options.router_rate);
-  tensors.emplace_back(student.router_bias.span(), gradients.router_bias.span(),
-                       options.router_rate);
+  std::vector<AdamTensor> adam;
+  adam.reserve(kStudentTensors);
+  const StudentTensors values = tensors(student), slopes = tensors(gradients);
+  for (std::size_t i = 0; i < kStudentTensors; ++i) {
+    adam.emplace_back(values[i], slopes[i],
+                      i < kFirstStudentRouter ? options.learning_rate : options.router_rate);
+  }
 
-  std::vector<std::int64_t> order(static_cast<std::size_t>(sample.n_fit));
-  std::iota(order.begin(), order.end(), 0);
-  std::mt19937_64 rng(options.seed);
+  BatchOrder order(sample.n_fit, batch, options.seed);
   AlignedBuffer<float> x(static_cast<std::size_t>(batch * d));
   AlignedBuffer<float> y(static_cast<std::size_t>(batch * d));
   std::vector<float> weight(static_cast<std::size_t>(batch));
-  std::size_t next = order.size();
-  const std::int64_t warm_up = std::max<std::int64_t>(1, steps / 20);
   for (std::int64_t step = 0; step < steps; ++step) {
     monitor.check();
-    if (next + static_cast<std::size_t>(batch) > order.size()) {
-      for (std::size_t i = order.size() - 1; i > 0; --i)
-        std::swap(order[i], order[rng() % (i + 1)]);
-      next = 0;
-    }
+    const std::span<const std::int32_t> rows = order.next();
     parallel(ctx, batch, [&](std::int64_t i) {
-      const std::int64_t row = order[next + static_cast<std::size_t>(i)];
+      const std::int64_t row = rows[static_cast<std::size_t>(i)];
       std::copy_n(sample.x.row(row), d, x.data() + i * d);
       std::copy_n(sample.y.row(row), d, y.data() + i * d);
       weight[static_cast<std::size_t>(i)] = sample.weight[static_cast<std::size_t>(row)];
     });
-    next += static_cast<std::size_t>(batch);
-    student_gradients(ctx, student, {x.data(), batch, d}, {y.data(), batch, d}, weight, y_scale,
-                      c_scale, options.auxiliary, gradients);
-    const double schedule = cosine_schedule(step, steps, warm_up);
-    for (AdamTensor& tensor : tensors) tensor.step(ctx, schedule);
+    student_gradients(ctx, student, {x.data(), batch, d}, {y.data(), batch, d}, weight, scales,
+                      options.auxiliary, gradients);
+    const double schedule = distill_schedule(step, steps);
+    for (AdamTensor& tensor : adam) tensor.step(ctx, schedule);
     monitor.advance(step + 1, fmt::format("error {:.4f}", gradients.output_loss));
   }
 }

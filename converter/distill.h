@@ -1,6 +1,10 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <random>
+#include <span>
+#include <vector>
 
 #include "converter/fit.h"
 #include "converter/student.h"
@@ -33,6 +37,38 @@ std::int64_t distill_steps(const DistillOptions& options, std::int64_t n_fit);
 void distill(Context& ctx, Student& student, const LayerSample& sample,
              const DistillOptions& options, engine::Monitor& monitor);
 
+/// What distillation changes of a student: gate, up and down rows, bias, Q, P, and the router's V,
+/// U and c.
+inline constexpr std::size_t kStudentTensors = 9, kFirstStudentRouter = 6;
+using StudentTensors = std::array<std::span<float>, kStudentTensors>;
+StudentTensors tensors(Student& student);
+std::array<std::span<const float>, kStudentTensors> tensors(const Student& student);
+
+/// Denominators of the two losses per unit of weight: Σ ω‖y − ȳ‖² / Σ ω over the fitted rows, and
+/// the same of c over the first of them, of the student as it stands.
+struct LossScales {
+  double y = 0, c = 0;
+};
+LossScales loss_scales(Context& ctx, const Student& student, const LayerSample& sample);
+
+/// Which rows each step takes: those of a shuffled order one after the other, shuffled again where
+/// less than a batch is left of it.
+class BatchOrder {
+ public:
+  /// 0 < batch <= n_rows.
+  BatchOrder(std::int64_t n_rows, std::int64_t batch, std::uint64_t seed);
+  /// [batch], until the next call.
+  std::span<const std::int32_t> next();
+
+ private:
+  std::vector<std::int32_t> order_;
+  std::size_t batch_, next_;
+  std::mt19937_64 rng_;
+};
+
+/// The learning rate's share of step `step` of `steps`.
+double distill_schedule(std::int64_t step, std::int64_t steps);
+
 /// Loss and gradients of one batch, as distill() uses them; public for the test against finite
 /// differences.
 struct StudentGradients {
@@ -42,12 +78,12 @@ struct StudentGradients {
   double auxiliary_loss = 0;  // second, unweighted
 };
 
-/// `y_scale` = Σ ω‖y − ȳ‖² / Σ ω and `c_scale` likewise, the denominators per unit of weight.
 void student_gradients(Context& ctx, const Student& student, ConstMatrix x, ConstMatrix y,
-                       std::span<const float> weight, double y_scale, double c_scale,
-                       double auxiliary, StudentGradients& out);
+                       std::span<const float> weight, const LossScales& scales, double auxiliary,
+                       StudentGradients& out);
 
 /// Gradient buffers that fit a student, zero-filled.
 StudentGradients make_gradients(const Student& student);
+StudentTensors tensors(StudentGradients& gradients);
 
 }  // namespace moesaic::converter

@@ -12,8 +12,6 @@
 namespace moesaic::converter {
 namespace {
 
-constexpr std::int64_t kStride =
-    4;  // every fourth position is judged: neighbours say much the same
 constexpr std::int64_t kBlock = 64;  // rows of logits at a time: 67 MB for a vocabulary of 262,144
 
 }  // namespace
@@ -22,7 +20,7 @@ double mean_divergence(models::Transformer& model, ConstMatrix dense, ConstMatri
   Context& ctx = model.context();
   const std::int64_t d = dense.cols;
   const std::int64_t vocab = model.config().vocab_size;
-  const std::int64_t n = dense.rows / kStride;
+  const std::int64_t n = dense.rows / kJudgedStep;
   std::vector<double> kl(static_cast<std::size_t>(n));
   for (std::int64_t first = 0; first < n; first += kBlock) {
     const Workspace::Scope scope(ctx.workspace);
@@ -36,7 +34,7 @@ double mean_divergence(models::Transformer& model, ConstMatrix dense, ConstMatri
     const Matrix q = take(vocab);
     const auto logits = [&](ConstMatrix from, Matrix to) {
       for (std::int64_t i = 0; i < rows; ++i) {
-        std::copy_n(from.row((first + i) * kStride + kStride - 1), d, r.row(i));
+        std::copy_n(from.row((first + i) * kJudgedStep + kJudgedStep - 1), d, r.row(i));
       }
       model.head(r, to);
     };
@@ -58,35 +56,36 @@ double mean_divergence(models::Transformer& model, ConstMatrix dense, ConstMatri
       }
     });
   }
-  const double mean = std::accumulate(kl.begin(), kl.end(), 0.0) /
-                      static_cast<double>(std::max<std::int64_t>(1, n));
+  return checked_divergence(model, std::accumulate(kl.begin(), kl.end(), 0.0) /
+                                       static_cast<double>(std::max<std::int64_t>(1, n)));
+}
+
+double checked_divergence(const models::Transformer& model, double mean) {
   require<FormatError>(std::isfinite(mean),
                        "{}: gives NaN or infinite logits on the calibration text",
                        model.checkpoint().file->path().string());
   return mean;
 }
 
-Substitution::Substitution(models::Transformer& model, std::span<const std::int32_t> tokens,
-                           std::int64_t n_ctx)
-    : model_(model),
-      dense_(model, tokens, n_ctx),
-      end_(model, tokens, n_ctx),
-      other_(model, tokens, n_ctx) {
-  for (int l = 0; l < model.config().n_layers; ++l) {
-    end_.attention(l);
-    end_.mlp(l, own(l));
+Substitution::Substitution(Passes& passes, std::span<const std::int32_t> tokens, std::int64_t n_ctx)
+    : passes_(passes),
+      dense_(passes.stream(tokens, n_ctx)),
+      end_(passes.stream(tokens, n_ctx)),
+      other_(passes.stream(tokens, n_ctx)) {
+  for (int l = 0; l < passes.model().config().n_layers; ++l) {
+    end_->attention(l);
+    end_->mlp(l, passes.own_mlp(l));
   }
 }
 
 double Substitution::divergence(int layer, const std::function<void(Stream&)>& replace) {
-  const Matrix from = dense_.r();
-  std::copy_n(from.data, from.rows * from.cols, other_.r().data);
-  replace(other_);
-  for (int l = layer + 1; l < model_.config().n_layers; ++l) {
-    other_.attention(l);
-    other_.mlp(l, own(l));
+  other_->assign(*dense_);
+  replace(*other_);
+  for (int l = layer + 1; l < passes_.model().config().n_layers; ++l) {
+    other_->attention(l);
+    other_->mlp(l, passes_.own_mlp(l));
   }
-  return mean_divergence(model_, end_.r(), other_.r());
+  return end_->divergence(*other_);
 }
 
 }  // namespace moesaic::converter

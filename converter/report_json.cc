@@ -42,6 +42,7 @@ std::string report_json(const ConvertOptions& options, const ConvertReport& repo
                {"source_digest", report.source_digest},
                {"data_digest", report.data_digest},
                {"layers", std::move(layers)}};
+  if (options.device.passes) json["device"] = "cuda";
   if (report.recovery) json["recovery"] = Json::parse(recovery_json(*report.recovery));
   // Not-a-number and infinity dump as null; a path that is not UTF-8 keeps its readable part.
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";

@@ -49,10 +49,11 @@ std::vector<float> token_weights(models::Transformer& model, int layer, ConstMat
   return weight;
 }
 
-std::vector<double> measure_sensitivity(models::Transformer& model,
-                                        std::span<const std::int32_t> tokens, std::int64_t n_ctx,
-                                        const LayerPlan& plan, const std::vector<bool>& wanted,
-                                        const Recipe& recipe, engine::Monitor& monitor) {
+std::vector<double> measure_sensitivity(Passes& passes, std::span<const std::int32_t> tokens,
+                                        std::int64_t n_ctx, const LayerPlan& plan,
+                                        const std::vector<bool>& wanted, const Recipe& recipe,
+                                        engine::Monitor& monitor) {
+  models::Transformer& model = passes.model();
   Context& ctx = model.context();
   const models::Checkpoint& checkpoint = model.checkpoint();
   const int n_layers = model.config().n_layers;
@@ -61,42 +62,42 @@ std::vector<double> measure_sensitivity(models::Transformer& model,
   const auto fit_tokens = tokens.first(static_cast<std::size_t>((n_windows - n_judge) * n_ctx));
   const auto judge_tokens = tokens.subspan(fit_tokens.size());
 
-  Stream fit(model, fit_tokens, n_ctx);
-  Substitution judge(model, judge_tokens, n_ctx);
+  const std::unique_ptr<Stream> fit = passes.stream(fit_tokens, n_ctx);
+  Substitution judge(passes, judge_tokens, n_ctx);
   const std::int64_t d = model.config().d_model;
-  AlignedBuffer<float> x(static_cast<std::size_t>(fit.n_tokens() * d));
-  AlignedBuffer<float> y(x.size());
+  AlignedBuffer<float> r(static_cast<std::size_t>(fit->n_tokens() * d));
+  AlignedBuffer<float> x(r.size()), y(r.size());
   AlignedBuffer<float> x_judge(static_cast<std::size_t>(judge.dense().n_tokens() * d));
   AlignedBuffer<float> y_judge(x_judge.size());
-  const Matrix mx(x.data(), fit.n_tokens(), d);
-  const Matrix my(y.data(), fit.n_tokens(), d);
+  const Matrix mr(r.data(), fit->n_tokens(), d);
+  const Matrix mx(x.data(), fit->n_tokens(), d);
+  const Matrix my(y.data(), fit->n_tokens(), d);
   const Matrix mxj(x_judge.data(), judge.dense().n_tokens(), d);
   const Matrix myj(y_judge.data(), judge.dense().n_tokens(), d);
   std::vector<double> out;
   for (int l = 0; l < n_layers; ++l) {
     monitor.check();
-    const models::Mlp& mlp = checkpoint.layers[static_cast<std::size_t>(l)].mlp;
-    fit.attention(l);
+    const models::Mlp& mlp = passes.own_mlp(l);
+    fit->attention(l);
     judge.attention(l);
     if (!wanted[static_cast<std::size_t>(l)]) {
-      fit.mlp(l, mlp);
+      fit->mlp(l, mlp);
       judge.pass(l);
       out.push_back(0);
       monitor.advance(l + 1, "");
       continue;
     }
-    fit.mlp_input(l, mx);
-    forward_rows(ctx, mlp, mx, my);
-    const std::vector<float> weight = token_weights(model, l, fit.r(), my);
-    LayerSample sample{mx, my, weight, fit.n_tokens()};
+    fit->mlp_rows(l, {mr, mx, my});
+    const std::vector<float> weight = token_weights(model, l, mr, my);
+    LayerSample sample{mx, my, weight, mx.rows};
     const Neurons teacher = unpack(std::get<models::DenseMlp>(mlp),
                                    fmt::format("{}: blk.{}", checkpoint.file->path().string(), l));
-    judge.dense().mlp_input(l, mxj);
+    judge.dense().mlp_rows(l, {.x = mxj});
     Student student = start_from_neurons(ctx, teacher, sample, plan, recipe.router_ridge);
     fit_outputs(ctx, student, sample, recipe.router_ridge, recipe.output_ridge, DType::F32);
-    fit.add_mlp_output(l, my);  // overwrites what it adds
+    fit->add_mlp_output(l, my);  // overwrites what it adds
     student_forward(ctx, student, mxj, myj);
-    out.push_back(judge.divergence(l, [&](Stream& r) { r.add_mlp_output(l, myj); }));
+    out.push_back(judge.divergence(l, [&](Stream& other) { other.add_mlp_output(l, myj); }));
     judge.pass(l);
     monitor.advance(l + 1, fmt::format("KL {:.4f}", out.back()));
   }

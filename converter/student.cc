@@ -191,7 +191,7 @@ void leave_to_winners(const Student& s, const float* scores, float* c) {
 
 void router_scores(Context& ctx, const Student& s, ConstMatrix x, Matrix scores) {
   // The runtime routes in float32 whatever the activation precision of the fit.
-  Context exact{ctx.pool, ctx.workspace, ctx.tally, Activations::F32};
+  Context exact = ctx.with(Activations::F32);
   const Workspace::Scope scope(ctx.workspace);
   const std::int64_t rank = s.plan.router_rank;
   const Matrix z(ctx.workspace.take<float>(static_cast<std::size_t>(x.rows * rank)).data(), x.rows,

@@ -65,7 +65,8 @@ void round_to_bf16(std::span<const float> src, std::span<float> dst);
 /// or by columns if it is wider than high). For the converter, whose operands are plain float32. op
 /// is transposition where the flag is set. With beta = 0, what C held does not matter.
 /// A [m, k] (or [k, m] if trans_a), B [k, n] (or [n, k] if trans_b), C [m, n]. Throws ShapeError.
-/// With Activations::BF16 in the context, A and B are rounded to bfloat16, sums stay float32.
+/// With Activations::BF16 in the context, A and B are rounded to bfloat16, sums stay float32. Where
+/// the context has `products`, it runs there if they take it, with the same roundings.
 void gemm(Context& ctx, bool trans_a, bool trans_b, float alpha, ConstMatrix a, ConstMatrix b,
           float beta, Matrix c);
 

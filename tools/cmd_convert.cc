@@ -142,7 +142,7 @@ void convert(Options& options) {
   if (!options.layers.empty()) convert.layers = *parse_layers(options.layers);
   if (!options.expert_type.empty()) convert.expert_dtype = dtype_from_name(options.expert_type);
   if (!options.router_type.empty()) convert.router_dtype = dtype_from_name(options.router_type);
-  convert.recover.device = make_device_training(options.run.device);
+  convert.device = make_converter_device(options.run.device);
 
   Runtime runtime(options.run);
   Progress progress(options.run.quiet);
@@ -232,8 +232,9 @@ void add_convert(CLI::App& app, Action& action) {
       R"(Leaves OUT.gguf, OUT.gguf.report.json, OUT.gguf.report.html and, for the first three recipes,
 OUT.gguf.plan.json for --plan and --curves. While it runs, what is finished is kept in
 OUT.gguf.state: after Ctrl-C or a crash, the same command with --resume goes on. The same seed and
-thread count give the same file, byte for byte. With --device cuda the training of --recipe best
-runs on a GPU, the rest on the CPU.
+thread count give the same file, byte for byte. With --device cuda calibration, measured losses, the
+large products of the fits, the distillation of --recipe low-rank and the training of --recipe best
+run on a GPU.
 
 Examples:
   moesaic convert SmolLM2.gguf -o hybrid.gguf --data wiki.valid.tokens --active 0.5

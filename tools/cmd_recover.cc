@@ -40,7 +40,7 @@ void recover(Options& options) {
           fmt::format("-o {}: is one of the inputs, expected another file", options.output));
     }
   }
-  recover.recover.device = make_device_training(options.run.device);
+  recover.recover.device = make_converter_device(options.run.device).training;
   Runtime runtime(options.run);
   Progress progress(options.run.quiet);
   try {
@@ -93,8 +93,9 @@ model, of self-routed layers the MLP's matrices, while their thresholds follow s
 active; attention (unless --train attention), norms, embeddings and head stay as they are. Then it
 rounds them to their formats and trains the scales of their blocks. `convert --recipe best` does the
 same behind its layer-wise stage. The training is saved in OUT.gguf.state every few minutes and on
-Ctrl-C: the same command with --resume goes on bit for bit. With --device cuda dense and self-routed
-layers (glu+gate, glu+input) are trained there, the teacher in bfloat16, too; rounding is the CPU's.
+Ctrl-C: the same command with --resume goes on bit for bit. With --device cuda it
+is trained there, the teacher in bfloat16, too; rounding, --train attention and --refit-every are the
+CPU's.
 
 Examples:
   moesaic recover SmolLM2.gguf hybrid.gguf -o better.gguf --data wiki.valid.tokens

@@ -4,8 +4,11 @@
 
 #include "kernels/base/error.h"
 #if MOESAIC_HAS_CUDA
+#include "converter/cuda/distillation.h"
+#include "converter/cuda/passes.h"
 #include "converter/recovery/cuda/training.h"
 #include "kernels/cuda/base/device.h"
+#include "kernels/cuda/base/products.h"
 #include "models/cuda/transformer.h"
 #endif
 
@@ -32,11 +35,14 @@ std::unique_ptr<engine::Decoder> make_cuda_decoder(
   return std::make_unique<models::CudaTransformer>(std::move(checkpoint), device);
 }
 
-converter::MakeDeviceTraining make_device_training(const std::string& device) {
+converter::ConverterDevice make_converter_device(const std::string& device) {
   const auto gpu = cuda_device(device);
   if (!gpu) return {};
   cuda::use_device(*gpu);
-  return converter::cuda_training(*gpu);
+  return {.training = converter::cuda_training(*gpu),
+          .passes = converter::cuda_passes(*gpu),
+          .products = [gpu = *gpu] { return cuda::make_products(gpu); },
+          .distillation = converter::cuda_distillation(*gpu)};
 }
 
 #else
@@ -48,7 +54,7 @@ std::unique_ptr<engine::Decoder> make_cuda_decoder(std::shared_ptr<const models:
   throw DeviceError(fmt::format("cuda:{}: built without CUDA", device));
 }
 
-converter::MakeDeviceTraining make_device_training(const std::string& device) {
+converter::ConverterDevice make_converter_device(const std::string& device) {
   if (cuda_device(device)) throw DeviceError(fmt::format("{}: built without CUDA", device));
   return {};
 }

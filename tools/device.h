@@ -4,7 +4,7 @@
 #include <optional>
 #include <string>
 
-#include "converter/recovery/options.h"
+#include "converter/device.h"
 #include "engine/decoder.h"
 #include "models/transformer.h"
 
@@ -21,8 +21,8 @@ bool built_with_cuda();
 std::unique_ptr<engine::Decoder> make_cuda_decoder(
     std::shared_ptr<const models::Checkpoint> checkpoint, int device);
 
-/// What trains on the GPU of "cuda" or "cuda:N"; empty for any other text. Throws DeviceError as
-/// above: before there is anything to train.
-converter::MakeDeviceTraining make_device_training(const std::string& device);
+/// What conversions and trainings have done on the GPU of "cuda" or "cuda:N"; empty for any other
+/// text. Throws DeviceError as above: before there is anything to do.
+converter::ConverterDevice make_converter_device(const std::string& device);
 
 }  // namespace moesaic::tools

@@ -27,7 +27,7 @@ void multiply(Context&, bool trans_a, bool trans_b, MatrixView<const double> a,
 
 void multiply(Context& ctx, bool trans_a, bool trans_b, ConstMatrix a, ConstMatrix b,
               bool accumulate, Matrix c) {
-  Context exact{ctx.pool, ctx.workspace, ctx.tally, Activations::F32};
+  Context exact = ctx.with(Activations::F32);
   kernels::gemm(exact, trans_a, trans_b, 1, a, b, accumulate ? 1 : 0, c);
 }
 

@@ -18,6 +18,7 @@ struct TrainingParts {
   const models::Checkpoint* hybrid = nullptr;  // the student: what stays as it is
   Hybrid<Bfloat16>* model = nullptr;           // and what learns, with its factors and counts
   std::vector<AdamTensor*> tensors;            // in the trainer's order
+  std::vector<bool> routers;                   // which of them are routers', not clipped
   struct Scaled {
     std::size_t converted, matrix;  // of the model
     BlockScales* scales;
@@ -46,6 +47,8 @@ class DeviceTraining {
   struct Outcome {
     double kl = 0;                // Σ over the step's tokens
     std::vector<double> squares;  // ‖gradient‖² by tensor, before clipping
+    // By converted layer: its router's regression loss, 0 where it routes itself.
+    std::vector<double> auxiliary;
   };
   /// One step of Adam on these windows, `steps` by tensor; none where a square is NaN or infinite.
   /// What the model's layers saw is added to their counts.
@@ -54,6 +57,10 @@ class DeviceTraining {
 
   /// KL divergence of the model from the teacher, Σ over the window's tokens. Counts as step().
   virtual double divergence(std::int64_t window) = 0;
+
+  /// The routers' regression losses on the window, by converted layer; nothing else changes, but
+  /// for counts.
+  virtual std::vector<double> router_losses(std::int64_t window) = 0;
 };
 
 }  // namespace moesaic::converter

@@ -136,11 +136,16 @@ void Trainer::add_scales(Converted<Bfloat16>& layer, const models::Mlp& mlp, Ada
 void Trainer::make_device(const models::Checkpoint& dense, const models::Checkpoint& hybrid) {
   require<InputError>(options_.attention_rank == 0,
                       "recovery: the attention learns on the CPU alone");
+  require<InputError>(options_.refit_every == 0,
+                      "recovery: routers are refitted on the CPU alone (--refit-every)");
   TrainingParts parts;
   parts.dense = &dense;
   parts.hybrid = &hybrid;
   parts.model = &model_;
-  for (Trained& t : tensors_) parts.tensors.push_back(&t.adam);
+  for (Trained& t : tensors_) {
+    parts.tensors.push_back(&t.adam);
+    parts.routers.push_back(t.router);
+  }
   parts.learns_scales = learns_ == Learns::Scales;
   for (Scaled& s : scaled_) {
     const auto& all = model_.converted();
@@ -214,11 +219,25 @@ std::vector<std::int64_t> Trainer::windows_of_step(std::int64_t step) const {
   return chosen;
 }
 
+std::ptrdiff_t Trainer::n_routers() {
+  return std::count_if(model_.converted().begin(), model_.converted().end(),
+                       [](auto& c) { return c.moe() != nullptr; });
+}
+
 // The routers' losses are counted in what they are at the start.
 void Trainer::measure_router_scale() {
   const std::int64_t first = windows_of_step(0).front();
+  auto& converted = model_.converted();
+  if (device_ != nullptr) {
+    if (n_routers() == 0) return;
+    const std::vector<double> losses = device_->router_losses(first);
+    for (std::size_t i = 0; i < losses.size(); ++i) {
+      if (auto* moe = converted[i].moe()) moe->router.scale = std::max(1e-30, losses[i]);
+    }
+    return;
+  }
   model_.gradients(window(first), teacher_->hidden(first), options_.n_ctx);
-  for (auto& c : model_.converted()) {
+  for (auto& c : converted) {
     if (auto* moe = c.moe()) moe->router.scale = std::max(1e-30, moe->auxiliary);
   }
   clear_gradients();
@@ -310,6 +329,7 @@ void Trainer::follow_shares() {
 
 StepResult Trainer::step_on_device() {
   put();
+  if (step_ == 0) measure_router_scale();
   const double schedule = schedule_of(step_);
   std::vector<AdamTensor::Step> steps;
   for (Trained& t : tensors_) steps.push_back(t.adam.count_step(schedule));
@@ -322,7 +342,10 @@ StepResult Trainer::step_on_device() {
   double square = 0;
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
     check_gradient(tensors_[i], outcome.squares[i]);
-    square += outcome.squares[i];
+    if (!tensors_[i].router) square += outcome.squares[i];
+  }
+  for (const double loss : outcome.auxiliary) {
+    result.auxiliary += loss / static_cast<double>(std::max<std::ptrdiff_t>(1, n_routers()));
   }
   result.gradient_norm = std::sqrt(square);
   follow_shares();

@@ -86,6 +86,7 @@ class Trainer {
   void gather_scales();
   void scatter_scales();
   std::vector<std::int64_t> windows_of_step(std::int64_t step) const;
+  std::ptrdiff_t n_routers();
   void measure_router_scale();
   void make_device(const models::Checkpoint& dense, const models::Checkpoint& hybrid);
   void put();

@@ -15,14 +15,16 @@
 /// Weights of a file in the memory of a training.
 namespace moesaic::converter {
 
-/// Hands each row over, unpacked: fn(row index, values). Throws FormatError for a NaN or infinity.
+/// Hands each row over, unpacked: fn(row index, values). Throws FormatError for a NaN or infinity,
+/// unless they need not be `finite`.
 template <class Fn>
-void for_each_weight_row(const WeightView& w, const std::string& name, Fn&& fn) {
+void for_each_weight_row(const WeightView& w, const std::string& name, Fn&& fn,
+                         bool finite = true) {
   std::vector<float> row(static_cast<std::size_t>(w.cols));
   for (std::int64_t r = 0; r < w.rows; ++r) {
     kernels::dequantize_row(w.dtype, w.row(r), row);
     require<FormatError>(
-        std::all_of(row.begin(), row.end(), [](float v) { return std::isfinite(v); }),
+        !finite || std::all_of(row.begin(), row.end(), [](float v) { return std::isfinite(v); }),
         "{}: row {} holds a NaN or infinity, expected finite weights", name, r);
     fn(r, row);
   }
@@ -31,12 +33,15 @@ void for_each_weight_row(const WeightView& w, const std::string& name, Fn&& fn) 
 /// What stays as it is: as operands of products.
 template <class P>
 void unpack_operand(const WeightView& w, const std::string& name,
-                    MatrixView<typename P::Operand> to) {
+                    MatrixView<typename P::Operand> to, bool finite = true) {
   std::vector<typename P::Scalar> values(static_cast<std::size_t>(w.cols));
-  for_each_weight_row(w, name, [&](std::int64_t r, const std::vector<float>& row) {
-    std::copy(row.begin(), row.end(), values.begin());
-    to_operand(values.data(), w.cols, to.row(r));
-  });
+  for_each_weight_row(
+      w, name,
+      [&](std::int64_t r, const std::vector<float>& row) {
+        std::copy(row.begin(), row.end(), values.begin());
+        to_operand(values.data(), w.cols, to.row(r));
+      },
+      finite);
 }
 
 /// What is trained.

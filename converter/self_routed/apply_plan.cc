@@ -11,36 +11,37 @@
 
 namespace moesaic::converter {
 
-std::vector<Thresholds> apply_plan(models::Transformer& model, const RoutedPlan& plan,
+std::vector<Thresholds> apply_plan(Passes& passes, const RoutedPlan& plan,
                                    std::span<const std::int32_t> tokens, std::int64_t n_ctx,
                                    std::vector<LayerReport>& reports, engine::Monitor& monitor) {
+  models::Transformer& model = passes.model();
   Context& ctx = model.context();
   const models::Checkpoint& checkpoint = model.checkpoint();
   const std::int64_t d = model.config().d_model;
-  Stream hybrid(model, tokens, n_ctx);
-  AlignedBuffer<float> x(static_cast<std::size_t>(hybrid.n_tokens() * d)), y(x.size());
-  const Matrix mx(x.data(), hybrid.n_tokens(), d), my(y.data(), hybrid.n_tokens(), d);
+  const std::unique_ptr<Stream> hybrid = passes.stream(tokens, n_ctx);
+  const std::int64_t n = hybrid->n_tokens();
+  AlignedBuffer<float> r(static_cast<std::size_t>(n * d)), x(r.size()), y(r.size());
+  const Matrix mr(r.data(), n, d), mx(x.data(), n, d), my(y.data(), n, d);
   std::vector<Thresholds> result;
   for (int l = 0; l < model.config().n_layers; ++l) {
     monitor.check();
     const RoutedPlan::Layer& planned = plan.layers[static_cast<std::size_t>(l)];
-    const models::Mlp& own = checkpoint.layers[static_cast<std::size_t>(l)].mlp;
-    hybrid.attention(l);
+    const models::Mlp& own = passes.own_mlp(l);
+    hybrid->attention(l);
     LayerReport row;
     row.layer = l;
     row.sensitivity = planned.predicted;
     if (stays_dense(planned)) {
       row.kind = models::kKindDense;
-      hybrid.mlp(l, own);
+      hybrid->mlp(l, own);
       result.emplace_back();
       reports.push_back(row);
       monitor.advance(l + 1, "stays dense");
       continue;
     }
     const auto& mlp = std::get<models::DenseMlp>(own);
-    hybrid.mlp_input(l, mx);
-    forward_rows(ctx, mlp, mx, my);
-    const std::vector<float> weight = token_weights(model, l, hybrid.r(), my);
+    hybrid->mlp_rows(l, {mr, mx, my});
+    const std::vector<float> weight = token_weights(model, l, mr, my);
     const LayerSample sample{mx, my, weight, mx.rows};
     const Neurons teacher =
         unpack(mlp, fmt::format("{}: blk.{}", checkpoint.file->path().string(), l));
@@ -54,7 +55,7 @@ std::vector<Thresholds> apply_plan(models::Transformer& model, const RoutedPlan&
     row.active_fraction = active_fraction(t.shares, plan.up_by_input);
     row.error_closed_form = row.error_distilled = fit.error();
     row.expert_usage = fit.usage();
-    hybrid.mlp(l, t.view(mlp));
+    hybrid->mlp(l, t.view(mlp));
     monitor.advance(l + 1, fmt::format("active {:.3f}, error {:.4f}", row.active_fraction,
                                        row.error_closed_form));
     reports.push_back(std::move(row));

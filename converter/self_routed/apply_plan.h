@@ -7,9 +7,9 @@
 
 #include "converter/convert.h"
 #include "converter/self_routed/plan.h"
+#include "converter/stream.h"
 #include "engine/monitor.h"
 #include "models/gguf.h"
-#include "models/transformer.h"
 
 namespace moesaic::converter {
 
@@ -18,7 +18,7 @@ namespace moesaic::converter {
 /// dense. `reports` receives a row per layer, its usage
 /// counted. `tokens` [n_windows · n_ctx]. Throws as ThresholdFit,
 /// Interrupted.
-std::vector<Thresholds> apply_plan(models::Transformer& model, const RoutedPlan& plan,
+std::vector<Thresholds> apply_plan(Passes& passes, const RoutedPlan& plan,
                                    std::span<const std::int32_t> tokens, std::int64_t n_ctx,
                                    std::vector<LayerReport>& reports, engine::Monitor& monitor);
 

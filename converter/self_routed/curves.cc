@@ -18,15 +18,6 @@ constexpr double kLeast = 0.1;               // active fraction where paths end
 // Where KL is measured.
 constexpr std::array kMeasured = {0.6, 0.42, 0.26};
 
-// Rows spread evenly over m.
-Matrix spread(ConstMatrix m, std::int64_t n, AlignedBuffer<float>& to) {
-  n = std::min(n, m.rows);
-  to = AlignedBuffer<float>(static_cast<std::size_t>(n * m.cols));
-  const Matrix out(to.data(), n, m.cols);
-  for (std::int64_t i = 0; i < n; ++i) std::copy_n(m.row(i * m.rows / n), m.cols, out.row(i));
-  return out;
-}
-
 // Lower convex hull of (fraction, predicted KL), by rising fraction.
 std::vector<std::size_t> hull(const LayerCurve& curve, std::span<const double> kl) {
   std::vector<std::size_t> kept;
@@ -69,9 +60,9 @@ double LayerCurve::predicted_kl(const PathPoint& point) const {
   return point.error * std::exp(rate);
 }
 
-std::vector<LayerCurve> measure_curves(models::Transformer& model,
-                                       std::span<const std::int32_t> tokens, std::int64_t n_ctx,
-                                       engine::Monitor& monitor) {
+std::vector<LayerCurve> measure_curves(Passes& passes, std::span<const std::int32_t> tokens,
+                                       std::int64_t n_ctx, engine::Monitor& monitor) {
+  models::Transformer& model = passes.model();
   Context& ctx = model.context();
   const models::Checkpoint& checkpoint = model.checkpoint();
   const int n_layers = model.config().n_layers;
@@ -81,22 +72,18 @@ std::vector<LayerCurve> measure_curves(models::Transformer& model,
       std::clamp<std::int64_t>(n_windows / 3, 1, std::max<std::int64_t>(1, kJudgeTokens / n_ctx));
   const auto fit_tokens = tokens.first(static_cast<std::size_t>((n_windows - n_judge) * n_ctx));
   const auto judge_tokens = tokens.subspan(fit_tokens.size());
-  const auto dense_mlp = [&](int layer) -> const models::Mlp& {
-    return checkpoint.layers[static_cast<std::size_t>(layer)].mlp;
-  };
 
-  Stream fit(model, fit_tokens, n_ctx);
-  Substitution judge(model, judge_tokens, n_ctx);
+  const std::unique_ptr<Stream> fit = passes.stream(fit_tokens, n_ctx);
+  Substitution judge(passes, judge_tokens, n_ctx);
+  const std::int64_t n_path = std::min(kPathTokens, fit->n_tokens());
+  AlignedBuffer<float> r(static_cast<std::size_t>(n_path * d)), x(r.size()), y(r.size());
+  const Matrix mr(r.data(), n_path, d), mx(x.data(), n_path, d), my(y.data(), n_path, d);
   std::vector<LayerCurve> curves;
   for (int l = 0; l < n_layers; ++l) {
     monitor.check();
-    const auto& mlp = std::get<models::DenseMlp>(dense_mlp(l));
-    fit.attention(l);
-    AlignedBuffer<float> r, x(static_cast<std::size_t>(kPathTokens * d)), y(x.size());
-    const Matrix mr = spread(fit.r(), kPathTokens, r);
-    const Matrix mx(x.data(), mr.rows, d), my(y.data(), mr.rows, d);
-    model.mlp_input(l, mr, mx);
-    forward_rows(ctx, mlp, mx, my);
+    const auto& mlp = std::get<models::DenseMlp>(passes.own_mlp(l));
+    fit->attention(l);
+    fit->mlp_rows(l, {mr, mx, my});
     const std::vector<float> weight = token_weights(model, l, mr, my);
     const LayerSample sample{mx, my, weight, mx.rows};
     const Neurons teacher =
@@ -110,9 +97,9 @@ std::vector<LayerCurve> measure_curves(models::Transformer& model,
       const PathPoint& point = nearest(curve.path, fraction);
       const models::Mlp converted = thresholds.fit(point.shares).view(mlp);
       curve.measured.push_back(
-          {point.fraction, judge.divergence(l, [&](Stream& r) { r.mlp(l, converted); })});
+          {point.fraction, judge.divergence(l, [&](Stream& other) { other.mlp(l, converted); })});
     }
-    fit.mlp(l, dense_mlp(l));
+    fit->mlp(l, mlp);
     judge.pass(l);
     const auto& half = curve.measured[1];
     monitor.advance(l + 1, fmt::format("KL {:.4f} at {:.2f}", half.kl, half.fraction));

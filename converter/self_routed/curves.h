@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "converter/self_routed/shrink_path.h"
+#include "converter/stream.h"
 #include "engine/monitor.h"
-#include "models/transformer.h"
 
 namespace moesaic::converter {
 
@@ -29,9 +29,8 @@ struct LayerCurve {
 /// 6). `tokens` [n_windows · n_ctx]: the last third judges, one window at
 /// least and 4,096 tokens at most. Up to 1,024 tokens fit a path. Throws as ThresholdFit and
 /// mean_divergence, Interrupted.
-std::vector<LayerCurve> measure_curves(models::Transformer& model,
-                                       std::span<const std::int32_t> tokens, std::int64_t n_ctx,
-                                       engine::Monitor& monitor);
+std::vector<LayerCurve> measure_curves(Passes& passes, std::span<const std::int32_t> tokens,
+                                       std::int64_t n_ctx, engine::Monitor& monitor);
 
 /// The point of each path that together have the smallest sum of predicted KL at a mean active
 /// fraction of at most `active`: every curve is cut down to its lower convex hull, and the hulls'

@@ -145,32 +145,30 @@ LayerData collect_layer(models::Transformer& model, const Calibration& text, int
   require<InputError>(layer >= 0 && layer < config.n_layers,
                       "--layer: {} given, the checkpoint has layers 0 to {}", layer,
                       config.n_layers - 1);
-  const models::Mlp& mlp = model.checkpoint().layers[size(layer)].mlp;
   LayerData data;
   data.d_model = config.d_model;
   {
-    Stream stream(model, text.tokens, text.n_ctx);
+    HostPasses passes(model);
+    const std::unique_ptr<Stream> stream = passes.stream(text.tokens, text.n_ctx);
     for (int l = 0; l < layer; ++l) {
       monitor.check();
-      stream.attention(l);
-      stream.mlp(l, model.checkpoint().layers[size(l)].mlp);
+      stream->attention(l);
+      stream->mlp(l, passes.own_mlp(l));
       monitor.advance(l + 1, "");
     }
-    stream.attention(layer);
+    stream->attention(layer);
     data.x = AlignedBuffer<float>(text.tokens.size() * size(data.d_model));
-    stream.mlp_input(layer, {data.x.data(), stream.n_tokens(), data.d_model});
+    data.y = AlignedBuffer<float>(data.x.size());
+    stream->mlp_rows(layer, {.x = {data.x.data(), stream->n_tokens(), data.d_model},
+                             .y = {data.y.data(), stream->n_tokens(), data.d_model}});
   }
-  data.y = AlignedBuffer<float>(data.x.size());
-  const auto n_tokens = static_cast<std::int64_t>(text.tokens.size());
-  forward_rows(model.context(), mlp, {data.x.data(), n_tokens, data.d_model},
-               {data.y.data(), n_tokens, data.d_model});
   finish_layer(model.context(), data, text.n_ctx,
                fmt::format("{}: layer {}", model.checkpoint().file->path().string(), layer));
   return data;
 }
 
 Gaussian fit_gaussian(Context& ctx, ConstMatrix x) {
-  Context exact{ctx.pool, ctx.workspace, ctx.tally, Activations::F32};
+  Context exact = ctx.with(Activations::F32);
   const std::int64_t d = x.cols;
   Gaussian out;
   out.mean = column_means(x);
@@ -205,7 +203,7 @@ Gaussian fit_gaussian(Context& ctx, ConstMatrix x) {
 }
 
 void sample_gaussian(Context& ctx, const Gaussian& gaussian, std::uint64_t seed, Matrix x) {
-  Context exact{ctx.pool, ctx.workspace, ctx.tally, Activations::F32};
+  Context exact = ctx.with(Activations::F32);
   const std::int64_t d = x.cols;
   AlignedBuffer<float> factor(gaussian.factor.data.size());
   std::transform(gaussian.factor.data.begin(), gaussian.factor.data.end(), factor.begin(),

@@ -6,6 +6,10 @@
 
 namespace moesaic {
 
+namespace kernels {
+class Products;
+}
+
 /// Precision in which activations enter a matrix product. Sums are float32 in all of them. The
 /// residual stream, norms, softmax and the attention cache are float32 in all of them. Q16: with
 /// quantised weights that have panels, 16-bit integers with a float32 scale per 32 elements; with
@@ -13,12 +17,17 @@ namespace moesaic {
 enum class Activations { F32, BF16, Q16 };
 
 /// What every kernel call needs from its caller besides tensors: threads, scratch memory, the byte
-/// tally and the activation precision. Borrowed; one kernel at a time per context.
+/// tally, the activation precision and, where products of host matrices may go elsewhere, where to
+/// (kernels/products.h). Borrowed; one kernel at a time per context.
 struct Context {
   ThreadPool& pool;
   Workspace& workspace;
   Tally& tally;
   Activations activations = Activations::F32;
+  kernels::Products* products = nullptr;
+
+  /// The same at another precision.
+  Context with(Activations other) const { return {pool, workspace, tally, other, products}; }
 };
 
 }  // namespace moesaic

@@ -3,6 +3,7 @@
 #include "kernels/base/error.h"
 #include "kernels/cpu/onednn.h"
 #include "kernels/linear.h"
+#include "kernels/products.h"
 
 namespace moesaic::kernels {
 namespace {
@@ -68,9 +69,13 @@ struct Product {
              a_first, b_first, part.data);
   }
 
-  /// All of C on all threads: by rows, or by columns if it is wider than high.
+  /// All of C on all threads: by rows, or by columns if it is wider than high; or elsewhere.
   void run(Context& ctx) const {
     if (m() == 0 || n() == 0) return;
+    if (ctx.products != nullptr && ctx.products->takes(m(), n(), k(), sizeof(T))) {
+      ctx.products->multiply(ctx, trans_a, trans_b, alpha, a, b, beta, c);
+      return;
+    }
     const bool by_rows = m() >= n();
     ctx.pool.run([&](int thread) {
       const Range range = split(by_rows ? m() : n(), ctx.pool.n_threads(), thread, 16);

@@ -34,7 +34,7 @@ void check_gradients(kernels::Activation phi, std::int64_t block = 1, std::int64
   }
   const auto losses = [&](double auxiliary) {
     StudentGradients g = make_gradients(s);
-    student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, 1.7, 0.9, auxiliary, g);
+    student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, {1.7, 0.9}, auxiliary, g);
     return g;
   };
   const StudentGradients g = losses(0.5);
@@ -86,7 +86,7 @@ TEST(StudentGradients, AuxiliaryLossAsksOneOfEachFamily) {
   LayerCase c(40, 8, 12, kernels::Activation::Silu);
   const Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 3, 8, 0, 1, 8}, 1e-3);
   StudentGradients g = make_gradients(s);
-  student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, 1, 1, 1, g);
+  student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, {1, 1}, 1, g);
   AlignedBuffer<float> scores(40 * 16);
   const Matrix m(scores.data(), 40, 16);
   router_scores(c.ctx, s, c.sample.x, m);
@@ -114,7 +114,7 @@ TEST(StudentGradients, UnselectedExpertsGetNone) {
   LayerCase c(16, 8, 12, kernels::Activation::Silu);
   Student s = start_from_neurons(c.ctx, c.teacher, c.sample, {false, 4, 0, 8, 0}, 1e-3);  // k = 0
   StudentGradients g = make_gradients(s);
-  student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, 1, 1, 1, g);
+  student_gradients(c.ctx, s, c.sample.x, c.sample.y, c.weight, {1, 1}, 1, g);
   for (std::size_t i = 4 * 8; i < g.w_gate.size(); ++i) {
     EXPECT_EQ(g.w_gate[i], 0);
     EXPECT_EQ(g.w_up[i], 0);

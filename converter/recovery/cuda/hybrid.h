@@ -7,64 +7,46 @@
 #include <span>
 #include <vector>
 
-#include "converter/recovery/attention_block.h"
-#include "converter/recovery/cuda/memory.h"
+#include "converter/recovery/cuda/decoder.h"
 #include "converter/recovery/hybrid.h"
-#include "kernels/cuda/base/blas.h"
-#include "kernels/cuda/base/stream.h"
-#include "kernels/cuda/training/gated_mlp.h"
-#include "kernels/cuda/training/window_attention.h"
 
 namespace moesaic::converter {
 
-/// What a layer's way back needs from its way forward (dense.h, self_routed.h, attention_block.h).
-struct CudaTape {
-  std::span<float> q, k, v;       // after norms and rotation
-  std::span<float> q_raw, k_raw;  // before them, where heads are normed
-  std::span<float> mixed, lse;    // attention's output before W_o
-  std::span<float> out, mlp_out;  // W_o's and W_down's, where norms follow
-  std::span<float> r_mid;         // the stream before the MLP
-  std::span<std::uint16_t> x, large, h, slope_gate, slope_up;
-  std::span<std::uint8_t> mask;
-
-  void walk(DeviceParts& take, const models::ModelConfig& config, std::int64_t rows);
+/// Tensors of a secret-MoE layer, by MoeParameters::kNames.
+enum MoeTensor : std::size_t {
+  kMoeGate,
+  kMoeUp,
+  kMoeDown,
+  kMoeQ,
+  kMoeP,
+  kMoeBias,
+  kRouterV,
+  kRouterU,
+  kRouterBias
 };
 
-/// Memory that layers use again and again, enough for so many rows of such a model. Two models of
-/// one shape share it.
-class CudaScratch {
- public:
-  CudaScratch(const models::ModelConfig& config, std::int64_t rows, std::int64_t n_ctx);
-
-  std::int64_t rows, n_ctx, head_rows;                 // rows of a tile of logits
-  std::span<float> r, dr, x, y;                        // [rows, d_model]
-  std::span<float> gate, up;                           // [rows, d_ff]
-  std::span<float> d_mixed, dq, dk, dv;                // [rows, heads · head_dim]
-  std::span<float> attention;                          // window_attention()'s workspace
-  std::span<float> teacher_logits, logits;             // [head_rows, vocab_size]
-  std::span<double> divergence;                        // [rows]
-  std::span<std::uint16_t> operand, hidden, d_logits;  // [rows, d_model or heads], …
-  std::span<std::int32_t> positions;                   // [rows]
-  std::span<cuda::Count> ignored;                      // counts that nobody wants
-  CudaTape tape;                                       // of layers that keep none of their own
-
- private:
-  std::unique_ptr<cuda::Arena> arena_;
+/// A tensor under training, and as an operand of products where it is one.
+struct CudaTensor {
+  std::span<float> value, gradient;
+  std::span<std::uint16_t> operand;
 };
 
-/// A converted layer under training: in float32 what changes, its operands beside it.
-struct CudaSelfRouted {
-  TrainedSelfRouted<Bfloat16>* host = nullptr;      // its factors hold here, too
-  std::array<std::span<float>, 3> value, gradient;  // by SelfRoutedParameters::kNames
-  std::array<std::span<std::uint16_t>, 3> operand;
-  std::array<std::span<float>, 3> threshold;  // as given, by SelfRoutedVector
-  std::span<cuda::Count> counts;              // inputs, routed, kept
+/// A converted layer under training.
+struct CudaConverted {
+  Converted<Bfloat16>* host = nullptr;  // its factors and weights of losses hold here, too
+  std::vector<CudaTensor> tensors;      // by kNames of its form's parameters
+  // Of self-routed layers: thresholds as given, by SelfRoutedVector; inputs, routed, kept.
+  std::array<std::span<float>, 3> threshold;
+  std::span<cuda::Count> counts;
+  // Of secret-MoE layers: μ and ‖w_down,i‖ [n_neurons].
+  std::span<float> mean, norm;
+  std::span<double> auxiliary;  // [1] its router's regression loss, added up
 
   cuda::Threshold threshold_of(SelfRoutedVector which) const;
 };
 
-/// Hybrid<Bfloat16> on a GPU: the same contracts, dense and self-routed layers. All weights and
-/// activations are in device memory; work is queued on one stream and nothing waits.
+/// Hybrid<Bfloat16> on a GPU: the same contracts. All weights and activations are in device memory;
+/// work is queued on one stream and nothing waits.
 class CudaHybrid {
  public:
   /// Unpacks what stays of the checkpoint to the current device; what learns is taken over by
@@ -82,46 +64,38 @@ class CudaHybrid {
   /// The final normed hidden states of whole windows, [tokens, d_model], bfloat16.
   void hidden(std::span<const std::int32_t> tokens, std::uint16_t* out);
 
-  /// Adds Σ KL from the teacher's hidden states to *kl; and, as Hybrid::gradients(), gradients.
+  /// Adds Σ KL from the teacher's hidden states to *kl; and, as Hybrid::gradients(), gradients and
+  /// each router's loss.
   void divergence(std::span<const std::int32_t> tokens, const std::uint16_t* teacher, double* kl);
   void gradients(std::span<const std::int32_t> tokens, const std::uint16_t* teacher,
                  std::int64_t n_step, double* kl);
 
-  std::vector<CudaSelfRouted>& converted() { return converted_; }
-  std::span<cuda::Count> counts() const { return counts_; }  // of all of them: 3 each
+  void clear_gradients();
+
+  std::vector<CudaConverted>& converted() { return converted_; }
+  std::span<cuda::Count> counts() const { return counts_; }   // of all of them: 3 each
+  std::span<double> auxiliary() const { return auxiliary_; }  // 1 each
   const models::ModelConfig& config() const { return config_; }
 
  private:
-  struct Attention {
-    std::array<std::span<std::uint16_t>, kAttentionMatrices> w;  // by AttentionMatrix
-    std::span<float> norm, q_norm, k_norm, post_norm;
-    std::span<float> freq, back_freq;  // angles of rope(), and those turned back
-    std::int64_t window = 0;
-  };
-  struct Layer {
-    Attention attention;
-    std::span<float> mlp_norm, post_mlp_norm;
-    kernels::Activation phi = kernels::Activation::Silu;
-    std::array<std::span<std::uint16_t>, 3> dense;  // gate, up, down
-    std::optional<std::size_t> converted;
-  };
-
-  void take_memory(const models::Checkpoint& checkpoint);
-  void copy_weights(const models::Checkpoint& checkpoint);
+  void check_layers(const models::Checkpoint& checkpoint, Hybrid<Bfloat16>* learns);
+  void take_memory();
+  void take_memory(DeviceParts& take, CudaConverted& own);
   std::int64_t first_converted() const;
-  std::int64_t q_cols() const { return std::int64_t{config_.n_heads} * config_.head_dim; }
-  std::int64_t kv_cols() const { return std::int64_t{config_.n_kv_heads} * config_.head_dim; }
   CudaTape& tape(std::size_t layer);
-  cuda::WindowShape window_shape(const Layer& layer) const;
-  cuda::Bf16Matrix operand(ConstMatrix x);  // in the scratch's one
-  cuda::Bf16Matrix matrix_of(const Layer& layer, std::size_t m) const;
+  CudaMlp mlp_of(std::size_t layer, bool counts) const;
+  CudaConverted* moe_of(std::size_t layer);  // or null
+  Matrix stream(std::int64_t rows) const { return view(s_.r, rows, config_.d_model); }
 
-  void embed(std::span<const std::int32_t> tokens);
   void run_layers(std::int64_t rows, bool keep);
-  void attention_forward(const Layer& layer, CudaTape& tape, std::int64_t rows);
-  void mlp_forward(const Layer& layer, CudaTape& tape, std::int64_t rows, bool counts);
-  void mlp_backward(const Layer& layer, CudaTape& tape, std::int64_t rows, bool need_dr);
-  void attention_backward(const Layer& layer, CudaTape& tape, ConstMatrix r_in, std::int64_t rows);
+  void run_layer(std::size_t layer, CudaTape& tape, std::int64_t rows, bool counts);
+  void mlp_backward(std::size_t layer, CudaTape& tape, std::int64_t rows, std::int64_t n_step,
+                    bool need_dr);
+  void gated_backward(std::size_t layer, CudaTape& tape, ConstMatrix dy, Matrix dx);
+  void moe_forward(const CudaConverted& own, CudaTape& tape, Matrix y, bool accumulate);
+  void moe_backward(CudaConverted& own, CudaTape& tape, ConstMatrix dy, std::int64_t n_step,
+                    Matrix dx);
+  void attention_backward(std::size_t layer, CudaTape& tape, ConstMatrix r_in, std::int64_t rows);
   void head(std::int64_t rows, const std::uint16_t* teacher, double unit, bool back, double* kl);
 
   models::ModelConfig config_;
@@ -129,13 +103,11 @@ class CudaHybrid {
   cuda::Blas& blas_;
   const cuda::Stream& stream_;
   bool recompute_, learns_;
-  WeightView embedding_;  // in the file's format
-  std::span<std::byte> embedding_bytes_;
-  std::span<float> output_norm_;
-  std::span<std::uint16_t> head_;  // of a model that learns
-  std::vector<Layer> layers_;
-  std::vector<CudaSelfRouted> converted_;
+  CudaDecoder frozen_;                                    // all that does not learn
+  std::vector<std::optional<std::size_t>> converted_at_;  // [n_layers]
+  std::vector<CudaConverted> converted_;
   std::span<cuda::Count> counts_;
+  std::span<double> auxiliary_;
   std::vector<CudaTape> tapes_;           // [n_layers] or none
   std::vector<std::span<float>> inputs_;  // [n_layers] the stream before each layer that learns
   std::unique_ptr<cuda::Arena> arena_;

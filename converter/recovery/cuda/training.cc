@@ -13,10 +13,12 @@
 namespace moesaic::converter {
 namespace {
 
-// One tensor under Adam.
+// One tensor under Adam. Squares stand with the routers' last, which are not clipped.
 struct Learns {
   AdamTensor* host;
   std::span<float> value, gradient, m, v;
+  bool router;
+  std::size_t square;  // its place
 };
 
 // A matrix whose scales learn.
@@ -36,9 +38,11 @@ class CudaTraining : public DeviceTraining {
   Outcome step(std::span<const std::int64_t> windows,
                std::span<const AdamTensor::Step> steps) override;
   double divergence(std::int64_t window) override;
+  std::vector<double> router_losses(std::int64_t window) override;
 
  private:
   void take_memory();
+  void clear_sums();
   void queue_texts(std::span<const std::int64_t> windows);
   void keep_texts(std::span<const std::int64_t> windows);
   void queue_update(std::span<const AdamTensor::Step> steps);
@@ -60,12 +64,13 @@ class CudaTraining : public DeviceTraining {
   std::span<std::int32_t> ids_;      // [batch]
   std::span<std::uint16_t> hidden_;  // [batch, d_model] the teacher's
   std::span<double> kl_, squares_;   // [1], [n tensors]
+  std::int64_t n_clipped_ = 0;       // the first of the squares
   std::span<double> square_parts_;   // square_sum()'s workspace
-  std::span<float> clip_;            // [1]
+  std::span<float> clip_;            // [2] of clipped tensors and the others
   std::unique_ptr<cuda::Arena> arena_;
   cuda::PinnedBuffer<std::int32_t> host_ids_;
   cuda::PinnedBuffer<std::uint16_t> host_hidden_;
-  cuda::PinnedBuffer<double> host_results_;  // kl, squares
+  cuda::PinnedBuffer<double> host_results_;  // kl, squares, auxiliary
   cuda::PinnedBuffer<cuda::Count> host_counts_;
   std::vector<std::vector<std::uint16_t>> kept_;  // per window, empty until asked for
 };
@@ -74,7 +79,7 @@ CudaTraining::CudaTraining(const TrainingParts& parts, int device)
     : parts_(parts),
       device_(use(device)),
       d_model_(parts.hybrid->config.d_model),
-      scratch_(parts.hybrid->config, parts.part, parts.n_ctx),
+      scratch_(*parts.hybrid, parts.part, parts.n_ctx, CudaWork::Training),
       teacher_(*parts.dense, nullptr, false, scratch_, blas_, stream_),
       student_(*parts.hybrid, parts.model, parts.recompute, scratch_, blas_, stream_),
       kept_(parts.tokens.size() / static_cast<std::size_t>(parts.n_ctx)) {
@@ -95,10 +100,10 @@ void CudaTraining::take_memory() {
   scaled_.resize(parts_.scaled.size());
   for (std::size_t i = 0; i < scaled_.size(); ++i) {
     const TrainingParts::Scaled& from = parts_.scaled[i];
-    const CudaSelfRouted& layer = student_.converted()[from.converted];
+    const CudaTensor& matrix = student_.converted()[from.converted].tensors[from.matrix];
     scaled_[i].host = from.scales;
-    scaled_[i].weights = layer.value[from.matrix];
-    scaled_[i].weight_gradient = layer.gradient[from.matrix];
+    scaled_[i].weights = matrix.value;
+    scaled_[i].weight_gradient = matrix.gradient;
   }
   tensors_.resize(parts_.tensors.size());
   arena_ = DeviceParts::divide([&](DeviceParts& take) {
@@ -107,7 +112,7 @@ void CudaTraining::take_memory() {
     take(kl_, 1);
     take(squares_, n_tensors);
     take(square_parts_, cuda::kSquareSumParts);
-    take(clip_, 1);
+    take(clip_, 2);
     for (Scaled& s : scaled_) {
       take(s.codes, std::ssize(s.host->codes()));
       for (auto* part : {&s.scale, &s.scale_gradient}) take(*part, std::ssize(s.host->scale()));
@@ -127,8 +132,8 @@ void CudaTraining::take_memory() {
     if (!s.offset.empty()) learns.emplace_back(s.offset, s.offset_gradient);
   }
   if (!parts_.learns_scales) {
-    for (const CudaSelfRouted& layer : student_.converted()) {
-      for (std::size_t m = 0; m < 3; ++m) learns.emplace_back(layer.value[m], layer.gradient[m]);
+    for (const CudaConverted& layer : student_.converted()) {
+      for (const CudaTensor& t : layer.tensors) learns.emplace_back(t.value, t.gradient);
     }
   }
   require<ShapeError>(learns.size() == tensors_.size(), "recovery: {} tensors on CUDA, {} given",
@@ -139,10 +144,18 @@ void CudaTraining::take_memory() {
                         learns[i].first.size(), tensors_[i].host->value().size());
     tensors_[i].value = learns[i].first;
     tensors_[i].gradient = learns[i].second;
+    tensors_[i].router = parts_.routers[i];
+  }
+  std::size_t place = 0;
+  for (const bool routers : {false, true}) {
+    for (Learns& t : tensors_) {
+      if (t.router == routers) t.square = place++;
+    }
+    if (!routers) n_clipped_ = static_cast<std::int64_t>(place);
   }
   host_ids_ = cuda::PinnedBuffer<std::int32_t>(ids_.size());
   host_hidden_ = cuda::PinnedBuffer<std::uint16_t>(hidden_.size());
-  host_results_ = cuda::PinnedBuffer<double>(1 + squares_.size());
+  host_results_ = cuda::PinnedBuffer<double>(1 + squares_.size() + student_.auxiliary().size());
   host_counts_ = cuda::PinnedBuffer<cuda::Count>(student_.counts().size());
 }
 
@@ -215,28 +228,31 @@ void CudaTraining::keep_texts(std::span<const std::int64_t> windows) {
   }
 }
 
+// Of what comes back.
+void CudaTraining::clear_sums() {
+  for (const auto part : {kl_, squares_, student_.auxiliary()}) zero(part, stream_);
+  zero(student_.counts(), stream_);
+}
+
 void CudaTraining::queue_update(std::span<const AdamTensor::Step> steps) {
   for (const Scaled& s : scaled_) {
     cuda::gather_scales(s.codes.data(), s.weight_gradient.data(), std::ssize(s.scale),
                         s.scale_gradient.data(),
                         s.offset.empty() ? nullptr : s.offset_gradient.data(), stream_);
   }
-  for (std::size_t i = 0; i < tensors_.size(); ++i) {
-    cuda::square_sum(tensors_[i].gradient.data(), std::ssize(tensors_[i].gradient),
-                     square_parts_.data(), squares_.data() + i, stream_);
+  for (const Learns& t : tensors_) {
+    cuda::square_sum(t.gradient.data(), std::ssize(t.gradient), square_parts_.data(),
+                     squares_.data() + t.square, stream_);
   }
-  cuda::clip_scale(squares_.data(), std::ssize(squares_), parts_.clip, clip_.data(), stream_);
+  cuda::clip_scale(squares_.data(), n_clipped_, std::ssize(squares_), parts_.clip, clip_.data(),
+                   stream_);
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
     const Learns& t = tensors_[i];
-    cuda::adam({steps[i].correction1, steps[i].correction2, steps[i].rate}, clip_.data(),
-               std::ssize(t.value), t.value.data(), t.gradient.data(), t.m.data(), t.v.data(),
-               stream_);
+    cuda::adam({steps[i].correction1, steps[i].correction2, steps[i].rate},
+               clip_.data() + (t.router ? 1 : 0), std::ssize(t.value), t.value.data(),
+               t.gradient.data(), t.m.data(), t.v.data(), stream_);
   }
-  if (parts_.learns_scales) {
-    for (const CudaSelfRouted& layer : student_.converted()) {
-      for (const std::span<float> gradient : layer.gradient) zero(gradient, stream_);
-    }
-  }
+  if (parts_.learns_scales) student_.clear_gradients();
   for (const Scaled& s : scaled_) {
     cuda::scatter_scales(s.codes.data(), s.scale.data(),
                          s.offset.empty() ? nullptr : s.offset.data(), std::ssize(s.scale),
@@ -251,14 +267,19 @@ double CudaTraining::finish(std::int64_t rows) {
   const std::span<cuda::Count> counts = host_counts_.span();
   cuda::copy_bytes_out(results.data(), bytes(kl_), sizeof(double), stream_);
   cuda::copy_bytes_out(results.data() + 1, bytes(squares_), squares_.size_bytes(), stream_);
+  const std::span<double> auxiliary = student_.auxiliary();
+  cuda::copy_bytes_out(results.data() + 1 + squares_.size(), bytes(auxiliary),
+                       auxiliary.size_bytes(), stream_);
   cuda::copy_bytes_out(counts.data(), bytes(student_.counts()), counts.size_bytes(), stream_);
   stream_.synchronize();
   const auto count = [&](std::size_t i) { return static_cast<std::int64_t>(counts[i]); };
   for (std::size_t i = 0; i < student_.converted().size(); ++i) {
-    student_.converted()[i].host->seen.add({.tokens = rows,
-                                            .inputs = count(3 * i),
-                                            .routed = count(3 * i + 1),
-                                            .kept = count(3 * i + 2)});
+    auto* routed = student_.converted()[i].host->self_routed();
+    if (routed == nullptr) continue;
+    routed->seen.add({.tokens = rows,
+                      .inputs = count(3 * i),
+                      .routed = count(3 * i + 1),
+                      .kept = count(3 * i + 2)});
   }
   return results[0];
 }
@@ -269,8 +290,7 @@ DeviceTraining::Outcome CudaTraining::step(std::span<const std::int64_t> windows
   require<ShapeError>(rows <= parts_.batch && steps.size() == tensors_.size(),
                       "recovery: a step of {} tokens and {} tensors, expected at most {} and {}",
                       rows, steps.size(), parts_.batch, tensors_.size());
-  zero(kl_, stream_);
-  zero(student_.counts(), stream_);
+  clear_sums();
   queue_texts(windows);
   for (std::int64_t first = 0; first < rows; first += parts_.part) {
     const auto n = static_cast<std::size_t>(std::min(parts_.part, rows - first));
@@ -281,15 +301,27 @@ DeviceTraining::Outcome CudaTraining::step(std::span<const std::int64_t> windows
   Outcome outcome;
   outcome.kl = finish(rows);
   keep_texts(windows);
-  const auto squares = host_results_.span().subspan(1);
-  outcome.squares.assign(squares.begin(), squares.end());
+  const std::span<const double> results = host_results_.span();
+  for (const Learns& t : tensors_) outcome.squares.push_back(results[1 + t.square]);
+  const auto auxiliary = results.subspan(1 + squares_.size());
+  outcome.auxiliary.assign(auxiliary.begin(), auxiliary.end());
   return outcome;
 }
 
+std::vector<double> CudaTraining::router_losses(std::int64_t window) {
+  clear_sums();
+  queue_texts({&window, 1});
+  student_.gradients(ids_.first(static_cast<std::size_t>(parts_.n_ctx)), hidden_.data(),
+                     parts_.n_ctx, kl_.data());
+  student_.clear_gradients();
+  finish(parts_.n_ctx);
+  keep_texts({&window, 1});
+  const auto auxiliary = host_results_.span().subspan(1 + squares_.size());
+  return {auxiliary.begin(), auxiliary.end()};
+}
+
 double CudaTraining::divergence(std::int64_t window) {
-  zero(kl_, stream_);
-  zero(squares_, stream_);
-  zero(student_.counts(), stream_);
+  clear_sums();
   queue_texts({&window, 1});
   student_.divergence(ids_.first(static_cast<std::size_t>(parts_.n_ctx)), hidden_.data(),
                       kl_.data());

@@ -125,6 +125,11 @@ void Blas::multiply(bool trans_a, bool trans_b, Bf16Matrix a, Bf16Matrix b, bool
         "product");
 }
 
+void Blas::multiply(bool trans_a, bool trans_b, ConstMatrix a, ConstMatrix b, bool accumulate,
+                    Matrix c) {
+  multiply_batch(1, trans_a, trans_b, 1, {a}, {b}, accumulate, {c});
+}
+
 void Blas::multiply_batch(std::int64_t n, bool trans_a, bool trans_b, float alpha,
                           Batch<const float> a, Batch<const float> b, bool accumulate,
                           Batch<float> c) {

@@ -33,6 +33,10 @@ class Blas {
   /// C [m, n]
   void multiply(bool trans_a, bool trans_b, Bf16Matrix a, Bf16Matrix b, bool accumulate, Matrix c);
 
+  /// The same of float32.
+  void multiply(bool trans_a, bool trans_b, ConstMatrix a, ConstMatrix b, bool accumulate,
+                Matrix c);
+
   /// Matrices of one shape, `step` elements from one to the next.
   template <class T>
   struct Batch {

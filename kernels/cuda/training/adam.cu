@@ -31,13 +31,19 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    clip_scale_kernel(const double* squares, std::int64_t n, double clip, float* scale) {
-  __shared__ double sums[kWarps];
-  double part = 0;
-  for (std::int64_t i = threadIdx.x; i < n; i += kThreads) part += squares[i];
-  const double norm = sqrt(block_sum_of_doubles(part, sums));
+    clip_scale_kernel(const double* squares, std::int64_t n_clipped, std::int64_t n, double clip,
+                      float* scale) {
+  __shared__ double sums[2][kWarps];
+  double clipped = 0, others = 0;
+  for (std::int64_t i = threadIdx.x; i < n; i += kThreads) {
+    (i < n_clipped ? clipped : others) += squares[i];
+  }
+  const double norm = sqrt(block_sum_of_doubles(clipped, sums[0]));
+  const double rest = block_sum_of_doubles(others, sums[1]);
   if (threadIdx.x != 0) return;
-  *scale = !isfinite(norm) ? NAN : clip > 0 && norm > clip ? static_cast<float>(clip / norm) : 1.0f;
+  const bool finite = isfinite(norm) && isfinite(rest);
+  scale[0] = !finite ? NAN : clip > 0 && norm > clip ? static_cast<float>(clip / norm) : 1.0f;
+  scale[1] = finite ? 1.0f : NAN;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -70,9 +76,9 @@ void square_sum(const float* g, std::int64_t n, double* workspace, double* squar
   check_launch("square_sum");
 }
 
-void clip_scale(const double* squares, std::int64_t n, double clip, float* scale,
-                StreamHandle stream) {
-  clip_scale_kernel<<<1, kThreads, 0, stream>>>(squares, n, clip, scale);
+void clip_scale(const double* squares, std::int64_t n_clipped, std::int64_t n, double clip,
+                float* scale, StreamHandle stream) {
+  clip_scale_kernel<<<1, kThreads, 0, stream>>>(squares, n_clipped, n, clip, scale);
   check_launch("clip_scale");
 }
 

@@ -14,10 +14,12 @@ inline constexpr std::int64_t kSquareSumParts = 256;
 void square_sum(const float* g, std::int64_t n, double* workspace, double* square,
                 StreamHandle stream);
 
-/// What a step takes gradients times: min(1, clip / ‖g‖), ‖g‖² = Σ squares; 1 for a clip of 0; NaN,
-/// so that no step is taken, where ‖g‖ is NaN or infinite.   squares [n]
-void clip_scale(const double* squares, std::int64_t n, double clip, float* scale,
-                StreamHandle stream);
+/// What a step takes gradients times: scale[0], those of the first n_clipped tensors,
+/// min(1, clip / ‖g‖) with ‖g‖² = Σ of their squares, 1 for a clip of 0; scale[1], the others', 1.
+/// Both are NaN, so that no step is taken, where any square is NaN or infinite.   squares [n],
+/// scale [2]
+void clip_scale(const double* squares, std::int64_t n_clipped, std::int64_t n, double clip,
+                float* scale, StreamHandle stream);
 
 /// Of one step of Adam (β 0.9/0.999, ε 1e-8): both corrections, 1 / (1 − βᵗ), and the rate.
 struct AdamStep {

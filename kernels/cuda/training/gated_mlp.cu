@@ -1,39 +1,15 @@
-#include <cuda_bf16.h>
-
 #include "kernels/cuda/base/check.h"
 #include "kernels/cuda/base/operands.h"
 #include "kernels/cuda/base/warp.cuh"
 #include "kernels/cuda/training/gated_mlp.h"
+#include "kernels/cuda/training/slopes.cuh"
 
 namespace moesaic::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
-__device__ std::uint16_t rounded(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
-__device__ float value_of(std::uint16_t bits) {
-  return __uint_as_float(static_cast<std::uint32_t>(bits) << 16);
-}
-
 __device__ float threshold_at(const Threshold& t, std::int64_t i) { return t.given[i] * t.factor; }
-
-// φ(x) and φ'(x) = σ(z) + x z' σ(z)(1 − σ(z)), the last factor as e/(1 + e)²: no cancellation. e is
-// 0 beyond ±100 on both sides.
-__device__ void value_and_slope(kernels::Activation phi, float x, float* value, float* slope) {
-  const float bounded = x < -100.0f ? -100.0f : x;  // a NaN stays one
-  const float inner = bounded > 100.0f ? 100.0f : bounded;
-  float z = inner, z_slope = 1;
-  if (phi == kernels::Activation::GeluTanh) {
-    const float square = inner * inner;
-    z = inner * (1.5957691216057308f + 0.07135481627260025f * square);
-    z_slope = 1.5957691216057308f + 3 * 0.07135481627260025f * square;
-  }
-  const float e = expf(-fabsf(z));
-  const float inverse = 1.0f / (1.0f + e);
-  const float sigma = (z < 0 ? e : 1.0f) * inverse;
-  *value = bounded * sigma;
-  *slope = sigma + inner * z_slope * (e * (inverse * inverse));
-}
 
 // Adds the block's number of true ones.
 __device__ void count(bool kept, Count* to) {
@@ -51,9 +27,8 @@ __global__ void __launch_bounds__(kThreads)
   if (i < n) {
     const float v = x[i];
     keep = fabsf(v) >= threshold_at(threshold, i % d);
-    const std::uint16_t bits = rounded(v);
-    all[i] = bits;
-    large[i] = keep ? bits : std::uint16_t{0};
+    store(v, all + i);
+    store(keep ? v : 0.0f, large + i);
     mask[i] = keep;
   }
   count(keep, counted);
@@ -73,22 +48,22 @@ __global__ void __launch_bounds__(kThreads)
     route = gate_threshold.given == nullptr || fabsf(a) >= threshold_at(gate_threshold, i % d_ff);
     keep = route && (hidden_threshold.given == nullptr ||
                      fabsf(product) >= threshold_at(hidden_threshold, i % d_ff));
-    h[i] = keep ? rounded(product) : std::uint16_t{0};
-    slope_gate[i] = keep ? rounded(slope * u) : std::uint16_t{0};
-    slope_up[i] = keep ? rounded(a) : std::uint16_t{0};
+    store(keep ? product : 0.0f, h + i);
+    store(keep ? slope * u : 0.0f, slope_gate + i);
+    store(keep ? a : 0.0f, slope_up + i);
   }
   if (counts == nullptr) return;
   count(route, counts);
   count(keep, counts + 1);
 }
 
+template <class T>
 __global__ void __launch_bounds__(kThreads)
-    scale_slopes_kernel(const float* dh, std::int64_t n, std::uint16_t* slope_gate,
-                        std::uint16_t* slope_up) {
+    scale_slopes_kernel(const float* dh, std::int64_t n, T* slope_gate, T* slope_up) {
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= n) return;
-  slope_gate[i] = rounded(value_of(slope_gate[i]) * dh[i]);
-  slope_up[i] = rounded(value_of(slope_up[i]) * dh[i]);
+  store(value_of(slope_gate[i]) * dh[i], slope_gate + i);
+  store(value_of(slope_up[i]) * dh[i], slope_up + i);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -98,6 +73,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 unsigned blocks(std::int64_t n) { return static_cast<unsigned>(ceil_div(n, kThreads)); }
+
+template <class T>
+void launch_scale_slopes(const float* dh, std::int64_t n, T* slope_gate, T* slope_up,
+                         StreamHandle stream) {
+  if (n == 0) return;
+  scale_slopes_kernel<<<blocks(n), kThreads, 0, stream>>>(dh, n, slope_gate, slope_up);
+  check_launch("scale_slopes");
+}
 
 void require_no_gaps(const char* op, ConstMatrix m) {
   require<ShapeError>(m.rows <= 1 || m.stride == m.cols,
@@ -135,9 +118,12 @@ void keep_neurons(kernels::Activation phi, ConstMatrix gate, ConstMatrix up,
 
 void scale_slopes(const float* dh, std::int64_t n, std::uint16_t* slope_gate,
                   std::uint16_t* slope_up, StreamHandle stream) {
-  if (n == 0) return;
-  scale_slopes_kernel<<<blocks(n), kThreads, 0, stream>>>(dh, n, slope_gate, slope_up);
-  check_launch("scale_slopes");
+  launch_scale_slopes(dh, n, slope_gate, slope_up, stream);
+}
+
+void scale_slopes(const float* dh, std::int64_t n, float* slope_gate, float* slope_up,
+                  StreamHandle stream) {
+  launch_scale_slopes(dh, n, slope_gate, slope_up, stream);
 }
 
 void mask_gradient(const std::uint8_t* mask, std::int64_t n, float* dx, StreamHandle stream) {

@@ -38,6 +38,8 @@ void keep_neurons(kernels::Activation phi, ConstMatrix gate, ConstMatrix up,
 /// The slopes become the gradients of the two products: each times dh = ∂L/∂h.   all [n]
 void scale_slopes(const float* dh, std::int64_t n, std::uint16_t* slope_gate,
                   std::uint16_t* slope_up, StreamHandle stream);
+void scale_slopes(const float* dh, std::int64_t n, float* slope_gate, float* slope_up,
+                  StreamHandle stream);
 
 /// dx = 0 where the mask is.   dx, mask [n]
 void mask_gradient(const std::uint8_t* mask, std::int64_t n, float* dx, StreamHandle stream);

@@ -378,7 +378,7 @@ TEST_F(CudaTrainingOps, AdamEqualsTheCpus) {
     const auto d_value = put(value), d_gradient = put(gradient);
     const auto m = put(std::vector<float>(n)), v = put(std::vector<float>(n));
     const cuda::DeviceBuffer<double> squares(2), parts(size(cuda::kSquareSumParts));
-    const cuda::DeviceBuffer<float> scale(1);
+    const cuda::DeviceBuffer<float> scale(2);
     for (int step = 0; step < 3; ++step) {
       // In place: both borrow it.
       std::ranges::copy(normal_values(n, static_cast<unsigned>(10 + step)), gradient.begin());
@@ -392,7 +392,7 @@ TEST_F(CudaTrainingOps, AdamEqualsTheCpus) {
         cuda::square_sum(d_gradient.data(), std::ssize(gradient), parts.data(), squares.data() + i,
                          stream);
       }
-      cuda::clip_scale(squares.data(), 2, clip, scale.data(), stream);
+      cuda::clip_scale(squares.data(), 2, 2, clip, scale.data(), stream);
       const AdamTensor::Step now = clocks.count_step(0.5);
       cuda::adam({now.correction1, now.correction2, now.rate}, scale.data(), std::ssize(gradient),
                  d_value.data(), d_gradient.data(), m.data(), v.data(), stream);
@@ -407,13 +407,20 @@ TEST_F(CudaTrainingOps, AdamEqualsTheCpus) {
       EXPECT_EQ(get(d_gradient), std::vector<float>(n));
     }
     EXPECT_NE(value, start);
-    // No limit; and no step from what is no number.
-    cuda::clip_scale(squares.data(), 2, 0, scale.data(), stream);
+    // The first alone is clipped; no limit; and no step from what is no number.
+    const double norm = std::sqrt(get(squares)[0]);
+    cuda::clip_scale(squares.data(), 1, 2, norm / 4, scale.data(), stream);
+    EXPECT_NEAR(get(scale)[0], 0.25, 1e-6);
+    EXPECT_EQ(get(scale)[1], 1);
+    cuda::clip_scale(squares.data(), 2, 2, 0, scale.data(), stream);
     EXPECT_EQ(get(scale)[0], 1);
     gradient[n / 2] = n == 1 ? kNan : kInf;
     copy_bytes_in(reinterpret_cast<std::byte*>(d_gradient.data()), gradient.data(), n * 4, stream);
     cuda::square_sum(d_gradient.data(), std::ssize(gradient), parts.data(), squares.data(), stream);
-    cuda::clip_scale(squares.data(), 2, 1, scale.data(), stream);
+    for (const std::int64_t n_clipped : {0, 1}) {  // wherever it is
+      cuda::clip_scale(squares.data(), n_clipped, 2, 1, scale.data(), stream);
+      EXPECT_TRUE(std::isnan(get(scale)[0]) && std::isnan(get(scale)[1]));
+    }
     const auto before = get(d_value), before_m = get(m), before_v = get(v);
     cuda::adam({1, 1, 1}, scale.data(), std::ssize(gradient), d_value.data(), d_gradient.data(),
                m.data(), v.data(), stream);

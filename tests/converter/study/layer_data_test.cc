@@ -43,16 +43,16 @@ TEST(CollectLayer, GivesWhatTheMlpSeesAndGives) {
   EXPECT_EQ(data.n_choose, 16);
   EXPECT_EQ(data.n_fit, 30 * 16);
   // Window by window, through a cache of its own.
-  Stream stream(l.model, std::span(text.tokens).subspan(5 * 16, 16), 16);
-  stream.attention(0);
-  stream.mlp(0, l.model.checkpoint().layers[0].mlp);
-  stream.attention(1);
+  HostPasses passes(l.model);
+  const auto stream = passes.stream(std::span(text.tokens).subspan(5 * 16, 16), 16);
+  stream->attention(0);
+  stream->mlp(0, passes.own_mlp(0));
+  stream->attention(1);
   std::vector<float> x(16 * TinyModel::kModel);
   std::vector<float> y(x.size());
   const Matrix mx(x.data(), 16, TinyModel::kModel);
   const Matrix my(y.data(), 16, TinyModel::kModel);
-  stream.mlp_input(1, mx);
-  forward_rows(l.ctx, l.model.checkpoint().layers[1].mlp, mx, my);
+  stream->mlp_rows(1, {.x = mx, .y = my});
   for (std::int64_t t = 0; t < 16; ++t) {
     for (std::int64_t j = 0; j < TinyModel::kModel; ++j) {
       EXPECT_NEAR(data.inputs().row(80 + t)[j], mx.row(t)[j], 1e-4);

@@ -1,0 +1,25 @@
+# cmake -DCUDASIM=… -DPROGRAM=… -DSUITE=… "-DEXPECTED=NAME=N …" -DCOUNTERS=PREFIX -P steps.cmake
+# Runs SUITE.Ten and SUITE.Thirty, which take so many steps, on the stand-in and fails unless the 20 more cost what is
+# expected of the process's counters.
+string(REPLACE " " ";" expected "${EXPECTED}")
+foreach(run Ten Thirty)
+  execute_process(COMMAND ${CUDASIM} run --counters ${COUNTERS}${run}.json ${PROGRAM} --gtest_filter=${SUITE}.${run}
+    RESULT_VARIABLE status OUTPUT_VARIABLE text ERROR_VARIABLE text)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "${SUITE}.${run}: status ${status}\n${text}")
+  endif()
+  file(READ ${COUNTERS}${run}.json ${run})
+endforeach()
+foreach(entry ${expected})
+  string(REGEX MATCH "^(.*)=(.*)$" entry ${entry})
+  set(name ${CMAKE_MATCH_1})
+  set(wanted ${CMAKE_MATCH_2})
+  foreach(run Ten Thirty)
+    string(JSON ${run}_count GET ${${run}} process ${name})
+  endforeach()
+  math(EXPR found "${Thirty_count} - ${Ten_count}")
+  message(STATUS "${SUITE}, 20 steps: ${found} ${name}")
+  if(NOT found EQUAL ${wanted})
+    message(SEND_ERROR "${SUITE}, 20 steps: ${found} ${name}, expected ${wanted}")
+  endif()
+endforeach()
