@@ -288,8 +288,9 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
       calibration.tokens = std::move(*kept_tokens);
     } else {
       schedule.next(sample_cost);
+      const auto decoder = options.device.decoder ? options.device.decoder(checkpoint) : nullptr;
       calibration = sample_calibration(model, *tokenizer, calibration.n_ctx, job.n_tokens,
-                                       options.seed, monitor);
+                                       options.seed, monitor, decoder.get());
       state.save_calibration(calibration.tokens);
     }
     calibration.digest = sha256(std::as_bytes(std::span(calibration.tokens)));
@@ -316,7 +317,8 @@ ConvertReport convert(const ConvertOptions& options, Context& caller_ctx,
     schedule.next(recover_cost);
     const auto hybrid = models::Checkpoint::load(state.hybrid_path());
     const std::vector<std::int32_t> text =
-        recovery_text(options.data, job.recover, checkpoint, *tokenizer, state, ctx, monitor);
+        recovery_text(options.data, job.recover, checkpoint, *tokenizer, options.device.decoder,
+                      state, ctx, monitor);
     const Recovered recovered = recover(checkpoint, hybrid, text, job.recover,
                                         {state.training_path(), state.scales_path()}, ctx, monitor);
     monitor.stage("write the hybrid", 1);

@@ -16,7 +16,6 @@
 #include <system_error>
 
 #include "converter/digest.h"
-#include "engine/kv_cache.h"
 #include "engine/logits.h"
 #include "kernels/base/aligned_buffer.h"
 #include "kernels/base/error.h"
@@ -260,7 +259,7 @@ Calibration load_calibration(const std::filesystem::path& path, const models::To
 
 Calibration sample_calibration(models::Transformer& model, const models::Tokenizer& tokenizer,
                                std::int64_t n_ctx, std::int64_t n_tokens, std::uint64_t seed,
-                               engine::Monitor& monitor) {
+                               engine::Monitor& monitor, engine::Decoder* on_device) {
   require<InputError>(n_ctx >= 2, "n_ctx: {} given, expected at least 2", n_ctx);
   const engine::DecoderShape shape = model.shape();
   const DrawRules rules =
@@ -287,8 +286,8 @@ Calibration sample_calibration(models::Transformer& model, const models::Tokeniz
   const std::int64_t capacity = std::min(kTextLength, n_ctx);
   const Groups groups(shape, capacity, n_texts);
 
-  engine::HostKvCache cache(shape.n_layers, groups.largest, capacity, shape.n_kv_heads,
-                            shape.head_dim);
+  engine::Decoder& decoder = on_device != nullptr ? *on_device : model;
+  const auto cache = decoder.make_cache(groups.largest, capacity);
   AlignedBuffer<float> logits_memory(static_cast<std::size_t>(groups.largest * shape.vocab_size));
   ThreadPool& pool = model.context().pool;
   monitor.stage("sample calibration text", n_texts * capacity);
@@ -309,7 +308,7 @@ Calibration sample_calibration(models::Transformer& model, const models::Tokeniz
     for (std::int64_t step = 0; step < capacity; ++step) {
       monitor.check();
       const std::vector<std::int32_t> positions(size, static_cast<std::int32_t>(step));
-      model.forward({current, slots, positions, slots}, cache, logits);
+      decoder.forward({current, slots, positions, slots}, *cache, logits);
       pool.run([&](int thread) {
         const Range rows = split(n, pool.n_threads(), thread);
         for (std::int64_t i = rows.begin; i < rows.end; ++i) {

@@ -34,10 +34,11 @@ Calibration load_calibration(const std::filesystem::path& path, const models::To
 /// Texts start from BOS, or, for a model that wants none, from its end-of-text token; a window
 /// holds texts of at most 256 tokens, one behind the other. Control tokens other than the start are
 /// never drawn. n_tokens rounded down to whole windows, at least two. The same seed and thread
-/// count give the same ids. Throws InputError if there is no token to start from, Interrupted.
+/// count give the same ids. Where `on_device` is not null it runs the passes, a decoder of the same
+/// checkpoint. Throws InputError if there is no token to start from, Interrupted.
 Calibration sample_calibration(models::Transformer& model, const models::Tokenizer& tokenizer,
                                std::int64_t n_ctx, std::int64_t n_tokens, std::uint64_t seed,
-                               engine::Monitor& monitor);
+                               engine::Monitor& monitor, engine::Decoder* on_device = nullptr);
 
 /// Bytes of cache and logits that sample_calibration holds.
 std::int64_t sampling_bytes(const engine::DecoderShape& shape, std::int64_t n_ctx,

@@ -7,6 +7,7 @@
 #include "converter/device_distillation.h"
 #include "converter/recovery/options.h"
 #include "converter/stream.h"
+#include "engine/decoder.h"
 #include "kernels/products.h"
 
 namespace moesaic::converter {
@@ -17,8 +18,13 @@ using MakeDevicePasses =
     std::function<std::unique_ptr<Passes>(models::Transformer& model, std::int64_t n_ctx)>;
 using MakeProducts = std::function<std::unique_ptr<kernels::Products>()>;
 
+/// Makes a decoder of a checkpoint there.
+using MakeDecoder =
+    std::function<std::unique_ptr<engine::Decoder>(std::shared_ptr<const models::Checkpoint>)>;
+
 /// What a conversion has done on another device; what is empty is done on the CPU.
 struct ConverterDevice {
+  MakeDecoder decoder;                  // text that the model samples itself
   MakeDeviceTraining training;          // recovery
   MakeDevicePasses passes;              // calibration, measured losses
   MakeProducts products;                // of the fits

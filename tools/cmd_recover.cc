@@ -40,7 +40,9 @@ void recover(Options& options) {
           fmt::format("-o {}: is one of the inputs, expected another file", options.output));
     }
   }
-  recover.recover.device = make_converter_device(options.run.device).training;
+  const converter::ConverterDevice device = make_converter_device(options.run.device);
+  recover.recover.device = device.training;
+  recover.decoder = device.decoder;
   Runtime runtime(options.run);
   Progress progress(options.run.quiet);
   try {

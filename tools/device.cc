@@ -39,7 +39,11 @@ converter::ConverterDevice make_converter_device(const std::string& device) {
   const auto gpu = cuda_device(device);
   if (!gpu) return {};
   cuda::use_device(*gpu);
-  return {.training = converter::cuda_training(*gpu),
+  return {.decoder =
+              [gpu = *gpu](std::shared_ptr<const models::Checkpoint> checkpoint) {
+                return make_cuda_decoder(std::move(checkpoint), gpu);
+              },
+          .training = converter::cuda_training(*gpu),
           .passes = converter::cuda_passes(*gpu),
           .products = [gpu = *gpu] { return cuda::make_products(gpu); },
           .distillation = converter::cuda_distillation(*gpu)};

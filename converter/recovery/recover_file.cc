@@ -80,7 +80,8 @@ std::string recovery_json(const RecoveryReport& report) {
 
 std::vector<std::int32_t> recovery_text(const std::string& data, const RecoverOptions& options,
                                         std::shared_ptr<const models::Checkpoint> dense,
-                                        const models::Tokenizer& tokenizer, StateFolder& state,
+                                        const models::Tokenizer& tokenizer,
+                                        const MakeDecoder& make_decoder, StateFolder& state,
                                         Context& ctx, engine::Monitor& monitor) {
   std::vector<std::int32_t> tokens;
   if (data != "self") {
@@ -90,8 +91,11 @@ std::vector<std::int32_t> recovery_text(const std::string& data, const RecoverOp
   if (wanted == 0) return tokens;
   std::optional<std::vector<std::int32_t>> own = state.load_calibration();
   if (!own) {
+    const auto decoder = make_decoder ? make_decoder(dense) : nullptr;
     models::Transformer model(std::move(dense), ctx);
-    own = sample_calibration(model, tokenizer, options.n_ctx, wanted, options.seed, monitor).tokens;
+    own = sample_calibration(model, tokenizer, options.n_ctx, wanted, options.seed, monitor,
+                             decoder.get())
+              .tokens;
     state.save_calibration(*own);
   }
   // In front, so that the held-out windows, the last ones, are of the text that was given.
@@ -117,8 +121,8 @@ RecoveryReport recover_file(const RecoverFileOptions& options, Context& ctx,
       {"recover", Json::parse(options_json(recovery))},
       {"threads", ctx.pool.n_threads()}};
   StateFolder state(options.output, fingerprint.dump(1), options.resume);
-  const std::vector<std::int32_t> tokens =
-      recovery_text(options.data, recovery, dense, *tokenizer, state, ctx, monitor);
+  const std::vector<std::int32_t> tokens = recovery_text(options.data, recovery, dense, *tokenizer,
+                                                         options.decoder, state, ctx, monitor);
   monitor.line(fmt::format("recovers on {} tokens of text; needs about {:.1f} GB of memory",
                            tokens.size(),
                            static_cast<double>(recovery_bytes(
@@ -135,10 +139,10 @@ RecoveryReport recover_file(const RecoverFileOptions& options, Context& ctx,
                        {"recovery", Json::parse(recovery_json(recovered.report))}};
   models::write_file_atomically(options.output.string() + ".report.json",
                                 report.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+  RecoverFileOptions as_run = options;
+  as_run.recover = recovery;
   models::write_file_atomically(options.output.string() + ".report.html",
-                                recovery_html({options.dense, options.hybrid, options.output,
-                                               options.data, recovery, options.resume},
-                                              recovered.report));
+                                recovery_html(as_run, recovered.report));
   state.remove();
   return recovered.report;
 }

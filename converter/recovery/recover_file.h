@@ -4,6 +4,7 @@
 #include <string>
 
 #include "converter/data.h"
+#include "converter/device.h"
 #include "converter/recovery/recover.h"
 #include "converter/state.h"
 #include "models/tokenizer.h"
@@ -15,6 +16,7 @@ struct RecoverFileOptions {
   std::filesystem::path dense, hybrid, output;
   std::string data;  // a text file, or "self": text that the dense model samples itself
   RecoverOptions recover;
+  MakeDecoder decoder;  // that samples it; empty: on the CPU
   bool resume = false;
 };
 
@@ -30,7 +32,8 @@ RecoveryReport recover_file(const RecoverFileOptions& options, Context& ctx,
 /// folder. Throws as load_calibration and sample_calibration.
 std::vector<std::int32_t> recovery_text(const std::string& data, const RecoverOptions& options,
                                         std::shared_ptr<const models::Checkpoint> dense,
-                                        const models::Tokenizer& tokenizer, StateFolder& state,
+                                        const models::Tokenizer& tokenizer,
+                                        const MakeDecoder& make_decoder, StateFolder& state,
                                         Context& ctx, engine::Monitor& monitor);
 
 /// The options that a recovery's outcome depends on, and a report, as JSON text (objects).

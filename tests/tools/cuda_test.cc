@@ -431,6 +431,26 @@ TEST_F(ConvertOnCuda, HybridsAreTheCpus) {
   }
 }
 
+// Tokens are drawn by the host, from the device's logits: a draw near the border of two may fall
+// the other way, and the text is another from there on, of the same distribution.
+TEST_F(ConvertOnCuda, TextThatTheModelSamplesItself) {
+  std::vector<nlohmann::json> reports;
+  for (const char* device : {"cpu", "cuda"}) {
+    const std::string output = path(std::string(device) + ".gguf");
+    const ProgramRun run = run_program({"convert", dense.path.string(), "-o", output, "--data",
+                                        "self", "--tokens", "512", "--recipe", "threshold",
+                                        "--active", "0.5", "-t", "2", "-q", "--device", device});
+    ASSERT_EQ(run.status, 0) << run.err;
+    reports.push_back(report(output));
+  }
+  EXPECT_EQ(reports[1]["n_tokens"], 512);
+  for (std::size_t l = 0; l < reports[0]["layers"].size(); ++l) {
+    const auto &a = reports[0]["layers"][l], &b = reports[1]["layers"][l];
+    EXPECT_NEAR(b["input_share"].get<double>(), a["input_share"].get<double>(), 0.02);
+    EXPECT_NEAR(b["hidden_share"].get<double>(), a["hidden_share"].get<double>(), 0.02);
+  }
+}
+
 TEST_F(ConvertOnCuda, CutAndResumedGivesTheSameFile) {
   const auto on_gpu = [&](const std::string& output, const std::vector<std::string>& more = {}) {
     std::vector<std::string> asked = line(output, "low-rank", {"--device", "cuda:0"});
