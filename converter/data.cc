@@ -287,7 +287,8 @@ Calibration sample_calibration(models::Transformer& model, const models::Tokeniz
   const std::int64_t capacity = std::min(kTextLength, n_ctx);
   const Groups groups(shape, capacity, n_texts);
 
-  engine::KvCache cache(shape.n_layers, groups.largest, capacity, shape.n_kv_heads, shape.head_dim);
+  engine::HostKvCache cache(shape.n_layers, groups.largest, capacity, shape.n_kv_heads,
+                            shape.head_dim);
   AlignedBuffer<float> logits_memory(static_cast<std::size_t>(groups.largest * shape.vocab_size));
   ThreadPool& pool = model.context().pool;
   monitor.stage("sample calibration text", n_texts * capacity);

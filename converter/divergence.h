@@ -15,7 +15,7 @@ namespace moesaic::converter {
 /// d_model]. Throws FormatError if the logits are NaN or infinite.
 double mean_divergence(models::Transformer& model, ConstMatrix dense, ConstMatrix other);
 
-/// The last one of each four.
+/// Which those are: the last one of each four.
 inline constexpr std::int64_t kJudgedStep = 4;
 
 /// The mean, if it is finite; else throws as mean_divergence().

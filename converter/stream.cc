@@ -46,7 +46,7 @@ class HostStream : public Stream {
   models::Transformer& model_;
   std::int64_t n_tokens_, d_model_, n_ctx_;
   AlignedBuffer<float> r_;                       // [n_tokens, d_model]
-  engine::KvCache cache_;                        // one layer of kWindows windows
+  engine::HostKvCache cache_;                    // one layer of kWindows windows
   std::vector<std::int32_t> slots_, positions_;  // places of kWindows windows
 };
 

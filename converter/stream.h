@@ -54,7 +54,7 @@ class Passes {
     return model_.checkpoint().layers[static_cast<std::size_t>(layer)].mlp;
   }
   /// Embeds windows of n_ctx tokens; each is a sequence of its own. 4 · tokens.size() · d_model
-  /// bytes.
+  /// bytes. Gone before the passes are.
   virtual std::unique_ptr<Stream> stream(std::span<const std::int32_t> tokens,
                                          std::int64_t n_ctx) = 0;
 

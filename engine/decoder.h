@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 
 #include "engine/kv_cache.h"
@@ -52,10 +53,10 @@ class Decoder {
     throw Error("decoder: it draws no tokens");
   }
   /// A cache for n_slots sequences of up to `capacity` positions in the memory that forward() works
-  /// on. Throws as KvCache.
-  virtual KvCache make_cache(std::int64_t n_slots, std::int64_t capacity) const {
+  /// on. Throws as HostKvCache.
+  virtual std::unique_ptr<KvCache> make_cache(std::int64_t n_slots, std::int64_t capacity) const {
     const DecoderShape s = shape();
-    return {s.n_layers, n_slots, capacity, s.n_kv_heads, s.head_dim};
+    return std::make_unique<HostKvCache>(s.n_layers, n_slots, capacity, s.n_kv_heads, s.head_dim);
   }
 };
 

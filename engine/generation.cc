@@ -123,7 +123,7 @@ class Generation {
   }
   Batch batch() const { return {batch_tokens_, batch_slots_, batch_positions_, batch_outputs_}; }
   void forward() {
-    decoder_.forward(batch(), cache_,
+    decoder_.forward(batch(), *cache_,
                      Matrix(logits_.data(), static_cast<std::int64_t>(batch_outputs_.size()),
                             shape_.vocab_size));
   }
@@ -147,7 +147,7 @@ class Generation {
     if (by_decoder) {
       draws_.clear();
       for (const std::int32_t o : batch_outputs_) draws_.push_back(sequence_of(o).sampler.draw());
-      decoder_.forward_and_draw(batch(), cache_, draws_, ids_);
+      decoder_.forward_and_draw(batch(), *cache_, draws_, ids_);
       require<Error>(std::ranges::find(ids_, -1) == ids_.end(), "sampler: every logit is NaN");
       return;
     }
@@ -257,7 +257,7 @@ class Generation {
   DecoderShape shape_;
   std::int64_t n_ctx_;
   std::vector<std::optional<Sequence>> slots_;
-  KvCache cache_;
+  std::unique_ptr<KvCache> cache_;
   AlignedBuffer<float> logits_;  // [n_slots, vocab_size]
   std::vector<Completion> completions_;
   std::size_t next_ = 0;  // first request that has not begun

@@ -129,7 +129,7 @@ void TimedWork::forward(std::size_t n_rows, std::size_t n_outputs) {
   const Batch batch{std::span(tokens_).first(n_rows), std::span(slots_).first(n_rows),
                     std::span(positions_).first(n_rows), std::span(outputs_).first(n_outputs)};
   decoder_.forward(
-      batch, cache_,
+      batch, *cache_,
       Matrix(logits_.data(), static_cast<std::int64_t>(n_outputs), decoder_.shape().vocab_size));
 }
 

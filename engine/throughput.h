@@ -50,7 +50,7 @@ class TimedWork {
   Decoder& decoder_;
   Work work_;
   std::int64_t length_;  // positions of a sequence: depth and what is timed
-  KvCache cache_;
+  std::unique_ptr<KvCache> cache_;
   std::mt19937_64 rng_{0};
   std::vector<std::int32_t> ids_;                                   // [n_sequences, length]
   std::vector<std::int32_t> tokens_, slots_, positions_, outputs_;  // of one pass

@@ -74,7 +74,7 @@ class SequenceRunner {
       const auto outputs =
           std::span<const std::int32_t>(positions_)
               .subspan(static_cast<std::size_t>(low), static_cast<std::size_t>(high - low));
-      model_.run_layers({part(ids), part(slots_), part(positions_), outputs}, cache_,
+      model_.run_layers({part(ids), part(slots_), part(positions_), outputs}, *cache_,
                         Matrix(pass_.data(), n, d_model));
       std::copy_n(
           pass_.data(), (high - low) * d_model,
@@ -111,13 +111,13 @@ class SequenceRunner {
     // Rows are counted like positions, from 0.
     on_device_->forward({part(ids_, begin, n), part(slots_, begin, n), part(positions_, begin, n),
                          part(positions_, 0, logits.rows)},
-                        cache_, logits);
+                        *cache_, logits);
     seconds_ += std::chrono::duration<double>(Clock::now() - start).count();
   }
 
   Transformer& model_;
   engine::Decoder* on_device_;
-  engine::KvCache cache_;
+  std::unique_ptr<engine::KvCache> cache_;
   std::int64_t first_scored_, n_scored_, block_rows_;
   std::vector<std::int32_t> slots_, positions_;
   std::vector<std::int32_t> ids_;  // of the sequence, on a device

@@ -33,7 +33,7 @@ void visit_layers(Transformer& model, std::span<const std::int32_t> tokens, std:
                       "n_ctx: {} given, expected 1 to {}, the model's context length", n_ctx,
                       config.context_length);
   Workspace& workspace = model.context().workspace;
-  engine::KvCache cache(config.n_layers, 1, n_ctx, config.n_kv_heads, config.head_dim);
+  engine::HostKvCache cache(config.n_layers, 1, n_ctx, config.n_kv_heads, config.head_dim);
   const std::vector<std::int32_t> slots(static_cast<std::size_t>(n_ctx), 0);
   std::vector<std::int32_t> positions(slots.size());
   std::iota(positions.begin(), positions.end(), 0);

@@ -57,6 +57,7 @@ void Transformer::forward(const engine::Batch& batch, engine::KvCache& cache, Ma
 
 void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache, Matrix r) {
   engine::check_batch(batch, shape(), cache);
+  engine::HostKvCache& kv = engine::on_host(cache);
   if (batch.tokens.empty()) return;
   embed(batch.tokens, r);
   const kernels::TokenPlaces places{batch.slots, batch.positions};
@@ -64,7 +65,7 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
   const bool all_rows = observer_ || n_outputs == batch.tokens.size();
   const int last = config().n_layers - 1;
   for (int layer = 0; layer < last || (all_rows && layer == last); ++layer) {
-    attention_block(layer, places, cache.layer(layer), r);
+    attention_block(layer, places, kv.layer(layer), r);
     mlp_block(layer, r);
   }
   if (all_rows) {
@@ -73,7 +74,7 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
   }
 
   const Workspace::Scope scope(ctx_.workspace);
-  project_and_store(last, places, cache.layer(last), r, {});
+  project_and_store(last, places, kv.layer(last), r, {});
   if (n_outputs == 0) return;
   keep_rows(batch.outputs, r);
   const std::span<std::int32_t> slots = ctx_.workspace.take<std::int32_t>(n_outputs);
@@ -87,7 +88,7 @@ void Transformer::run_layers(const engine::Batch& batch, engine::KvCache& cache,
   const Matrix q = take(ctx_.workspace, wanted.rows, w.w_q.rows);
   const kernels::LinearOutput output{w.w_q, q};
   kernels::linear_group(ctx_, attention_input(last, wanted), {&output, 1}, Traffic::Attention);
-  attend(last, {slots, positions}, cache.layer(last), q, wanted);
+  attend(last, {slots, positions}, kv.layer(last), q, wanted);
   mlp_block(last, wanted);
 }
 

@@ -30,7 +30,7 @@ class Teacher {
   models::Transformer model_;
   std::span<const std::int32_t> tokens_;
   std::int64_t n_ctx_;
-  engine::KvCache cache_;
+  engine::HostKvCache cache_;
   std::vector<std::int32_t> slots_, positions_;
   std::vector<float> r_;                          // [n_ctx, d_model]
   std::vector<std::vector<std::uint16_t>> kept_;  // per window, empty until asked for

@@ -9,7 +9,8 @@ namespace moesaic::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kSplit = 256;   // keys of a block
+constexpr int kSplit = 256;  // keys of a block
+constexpr int kPages = kSplit / kKvPage;
 constexpr int kKeys = 4;      // that a warp has in registers at once
 constexpr int kMaxHeads = 4;  // that share a block's keys
 constexpr int kThreads = 256;
@@ -17,7 +18,7 @@ constexpr int kThreads = 256;
 struct Attention {
   ConstMatrix q;
   TokenPlaces places;
-  kernels::KvLayerView cache;
+  PagedKv cache;
   int n_heads;
   float scale;
   std::int64_t window;
@@ -55,6 +56,7 @@ template <int kPer, int kHeads>
 __global__ void __launch_bounds__(kWarps* kWarp, (kMinBlocks<kPer, kHeads>))
     attention_split_kernel(const __grid_constant__ Attention a) {
   __shared__ float merged[kWarps][kHeads][2 + kPer * kWarp];
+  __shared__ const float* pages[kPages];  // of the block's keys
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int dim = a.cache.head_dim, per_kv = a.n_heads / a.cache.n_kv_heads;
   const int groups = (per_kv + kHeads - 1) / kHeads;
@@ -75,18 +77,23 @@ __global__ void __launch_bounds__(kWarps* kWarp, (kMinBlocks<kPer, kHeads>))
     }
   }
   const std::int64_t step = std::int64_t{a.cache.n_kv_heads} * dim;
-  const std::int64_t base =
-      a.places.slots[t] * a.cache.capacity * step + std::int64_t{kv_head} * dim;
+  const std::int64_t page = std::int64_t{blockIdx.x} * kPages + threadIdx.x;
+  if (threadIdx.x < kPages && page * kKvPage < end) {
+    pages[threadIdx.x] = a.cache.pages[a.places.slots[t] * a.cache.pages_per_slot + page] +
+                         std::int64_t{kv_head} * dim;
+  }
+  __syncthreads();
   Running<kPer> run[kHeads];
   for (std::int64_t first = begin + warp * kKeys; first < end; first += kWarps * kKeys) {
     float k[kKeys][kPer], v[kKeys][kPer];
     for (int j = 0; j < kKeys; ++j) {
-      const std::int64_t at = base + (first + j) * step;
+      const std::int64_t key = first + j;
+      const float* at = key < end ? pages[key % kSplit / kKvPage] + key % kKvPage * step : nullptr;
       for (int i = 0; i < kPer; ++i) {
         const int e = lane + kWarp * i;
-        const bool inside = first + j < end && e < dim;
-        k[j][i] = inside ? a.cache.keys[at + e] : 0;
-        v[j][i] = inside ? a.cache.values[at + e] : 0;
+        const bool inside = key < end && e < dim;
+        k[j][i] = inside ? at[a.cache.keys + e] : 0;
+        v[j][i] = inside ? at[a.cache.values + e] : 0;
       }
     }
     for (int h = 0; h < kHeads; ++h) {
@@ -149,12 +156,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    store_kv_kernel(ConstMatrix k, ConstMatrix v, TokenPlaces places, kernels::KvLayerView cache) {
+    store_kv_kernel(ConstMatrix k, ConstMatrix v, TokenPlaces places, PagedKv cache) {
   const std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x, t = blockIdx.y;
   if (i >= k.cols) return;
-  const std::int64_t at = (places.slots[t] * cache.capacity + places.positions[t]) * k.cols + i;
-  cache.keys[at] = k.data[t * k.stride + i];
-  cache.values[at] = v.data[t * v.stride + i];
+  const std::int32_t position = places.positions[t];
+  float* at = cache.pages[places.slots[t] * cache.pages_per_slot + position / kKvPage] +
+              position % kKvPage * k.cols + i;
+  at[cache.keys] = k.data[t * k.stride + i];
+  at[cache.values] = v.data[t * v.stride + i];
 }
 
 template <int kPer>
@@ -175,8 +184,8 @@ std::int64_t splits(const AttentionShape& shape) { return ceil_div(shape.max_pos
 
 }  // namespace
 
-void store_kv(ConstMatrix k, ConstMatrix v, const TokenPlaces& places,
-              const kernels::KvLayerView& cache, StreamHandle stream) {
+void store_kv(ConstMatrix k, ConstMatrix v, const TokenPlaces& places, const PagedKv& cache,
+              StreamHandle stream) {
   require<ShapeError>(k.cols == cache.row() && v.cols == k.cols && v.rows == k.rows,
                       "store_kv: k is [{}, {}], v is [{}, {}], expected rows of {}", k.rows, k.cols,
                       v.rows, v.cols, cache.row());
@@ -191,7 +200,7 @@ std::size_t attention_workspace(const AttentionShape& shape, std::int64_t n_toke
          sizeof(float);
 }
 
-void attention(ConstMatrix q, const TokenPlaces& places, const kernels::KvLayerView& cache,
+void attention(ConstMatrix q, const TokenPlaces& places, const PagedKv& cache,
                const AttentionShape& shape, Matrix out, std::byte* workspace, StreamHandle stream) {
   const int dim = cache.head_dim;
   require<ShapeError>(dim > 0 && dim <= 256, "attention: head_dim is {}, expected 1 to 256", dim);
@@ -202,9 +211,9 @@ void attention(ConstMatrix q, const TokenPlaces& places, const kernels::KvLayerV
       q.cols == std::int64_t{shape.n_heads} * dim && out.cols == q.cols && out.rows == q.rows,
       "attention: q is [{}, {}], out is [{}, {}], expected rows of {}", q.rows, q.cols, out.rows,
       out.cols, std::int64_t{shape.n_heads} * dim);
-  require<ShapeError>(shape.max_positions > 0 && shape.max_positions <= cache.capacity,
+  require<ShapeError>(shape.max_positions > 0 && shape.max_positions <= cache.capacity(),
                       "attention: up to {} positions, expected 1 to {}", shape.max_positions,
-                      cache.capacity);
+                      cache.capacity());
   constexpr std::int64_t kMaxTokens = 65535;  // CUDA's limit of a grid's third side
   require<ShapeError>(q.rows <= kMaxTokens, "attention: {} tokens, expected at most {}", q.rows,
                       kMaxTokens);

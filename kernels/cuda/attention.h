@@ -16,10 +16,28 @@ struct TokenPlaces {
   const std::int32_t* positions = nullptr;
 };
 
+constexpr int kKvPage = 64;  // positions of a page: a tile of keys never crosses two
+
+/// One layer's keys and values of all sequences, in pages that stand anywhere in device memory.
+/// Position p of slot s is in page P = pages[s · pages_per_slot + p / kKvPage]; element (kv_head,
+/// i) of its key stands at P[keys + ((p mod kKvPage) · n_kv_heads + kv_head) · head_dim + i], of
+/// its value likewise from P[values] on.
+struct PagedKv {
+  float* const* pages =
+      nullptr;  // [n_slots, pages_per_slot]; what no batch has reached is not read
+  std::int64_t pages_per_slot = 0;
+  std::int64_t keys = 0, values = 0;  // where the layer's begin in a page; multiples of 4
+  int n_kv_heads = 0;
+  int head_dim = 0;
+
+  std::int64_t row() const { return std::int64_t{n_kv_heads} * head_dim; }  // elements per position
+  std::int64_t capacity() const { return pages_per_slot * kKvPage; }        // positions per slot
+};
+
 /// Writes k and v [n_tokens, n_kv_heads · head_dim] to their places in the cache. Throws
 /// ShapeError.
-void store_kv(ConstMatrix k, ConstMatrix v, const TokenPlaces& places,
-              const kernels::KvLayerView& cache, StreamHandle stream);
+void store_kv(ConstMatrix k, ConstMatrix v, const TokenPlaces& places, const PagedKv& cache,
+              StreamHandle stream);
 
 /// Shape of an attention call, the same for all tokens.
 struct AttentionShape {
@@ -37,8 +55,8 @@ std::size_t attention_workspace(const AttentionShape& shape, std::int64_t n_toke
 /// the device), each read once for up to 4 heads that share it, then their softmax sums put
 /// together. q, out [n_tokens, n_heads · head_dim], head_dim at most 256. float32 throughout. A
 /// row's result depends on its own keys alone. Throws ShapeError. Source: Dao et al. 2023,
-/// "Flash-Decoding".
-void attention(ConstMatrix q, const TokenPlaces& places, const kernels::KvLayerView& cache,
+/// "Flash-Decoding"; pages as in Kwon et al. 2023, "PagedAttention".
+void attention(ConstMatrix q, const TokenPlaces& places, const PagedKv& cache,
                const AttentionShape& shape, Matrix out, std::byte* workspace, StreamHandle stream);
 
 }  // namespace moesaic::cuda

@@ -20,7 +20,7 @@ constexpr std::int32_t kNone = 0x7fffffff;      // no slot, no position
 struct PromptAttention {
   ConstMatrix q;
   TokenPlaces places;
-  kernels::KvLayerView cache;
+  PagedKv cache;
   Matrix out;
   float scale;  // times log2(e)
   std::int64_t window;
@@ -54,7 +54,7 @@ struct Tile {
 
   __device__ static int row(int i) { return (threadIdx.x + i * kThreads) / (kDim / 4); }
   __device__ static int col(int i) { return (threadIdx.x + i * kThreads) % (kDim / 4) * 4; }
-  __device__ void fetch(const float* from, std::int64_t step, int count, int dim) {
+  __device__ void fetch(const float* from, int step, int count, int dim) {
     for (int i = 0; i < kVectors; ++i) {
       v[i] = make_float4(0, 0, 0, 0);
       if (row(i) < count && col(i) < dim) {
@@ -103,11 +103,12 @@ template <int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
     prompt_attention_kernel(const __grid_constant__ PromptAttention a) {
   constexpr int kKeys = kTile / kDim;
+  static_assert(kKvPage % kKeys == 0);
   __shared__ __align__(16) __nv_bfloat16 queries[kTokens * kDim], keys[kTile], values[kTile];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int dim = a.cache.head_dim, head = blockIdx.y;
   const std::int64_t first = std::int64_t{gridDim.x - 1 - blockIdx.x} * kTokens;
-  const std::int64_t step = std::int64_t{a.cache.n_kv_heads} * dim;
+  const int step = a.cache.n_kv_heads * dim;
   const int kv_head = head / (gridDim.y / a.cache.n_kv_heads);
 
   for (int i = threadIdx.x; i < kTokens * kDim / 4; i += kThreads) {
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         next = min(next, slots[i]);
       }
     }
-    begin = warp_least(begin);
+    begin = warp_least(begin) / kKeys * kKeys;  // tiles never cross a page
     last = warp_most(last);
     next = warp_least(next);
     std::int32_t from[2], to[2];  // keys that the lane's rows see
@@ -161,13 +162,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     const std::int32_t warp_from = warp_least(min(from[0], from[1]));
     const std::int32_t warp_to = warp_most(max(to[0], to[1]));
 
-    const std::int64_t base = slot * a.cache.capacity * step + std::int64_t{kv_head} * dim;
+    const auto at = [&](std::int32_t key) {
+      return a.cache.pages[slot * a.cache.pages_per_slot + key / kKvPage] + key % kKvPage * step +
+             kv_head * dim;
+    };
     Tile<kDim> tile;
-    tile.fetch(a.cache.keys + base + begin * step, step, last + 1 - begin, dim);
+    tile.fetch(at(begin) + a.cache.keys, step, last + 1 - begin, dim);
     for (std::int32_t key = begin; key <= last; key += kKeys) {
       tile.store(keys);
-      const std::int64_t at = base + key * step;
-      tile.fetch(a.cache.values + at, step, last + 1 - key, dim);
+      tile.fetch(at(key) + a.cache.values, step, last + 1 - key, dim);
       __syncthreads();
       const bool sees = key <= warp_to && key + kKeys > warp_from;
       float s[kKeys / 8][4] = {};
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       tile.store(values);
       if (key + kKeys <= last) {
-        tile.fetch(a.cache.keys + at + kKeys * step, step, last + 1 - key - kKeys, dim);
+        tile.fetch(at(key + kKeys) + a.cache.keys, step, last + 1 - key - kKeys, dim);
       }
       __syncthreads();
       if (sees) {
@@ -241,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-void prompt_attention(ConstMatrix q, const TokenPlaces& places, const kernels::KvLayerView& cache,
+void prompt_attention(ConstMatrix q, const TokenPlaces& places, const PagedKv& cache,
                       const AttentionShape& shape, Matrix out, StreamHandle stream) {
   const int dim = cache.head_dim;
   require<ShapeError>(dim > 0 && dim <= 256 && dim % 4 == 0,

@@ -12,7 +12,7 @@ namespace moesaic::cuda {
 /// to 256. shape.max_positions is not read. A row's result depends on its own keys alone, but for a
 /// NaN or infinity among those that its block reads. Throws ShapeError. Source: Dao 2023,
 /// "FlashAttention-2".
-void prompt_attention(ConstMatrix q, const TokenPlaces& places, const kernels::KvLayerView& cache,
+void prompt_attention(ConstMatrix q, const TokenPlaces& places, const PagedKv& cache,
                       const AttentionShape& shape, Matrix out, StreamHandle stream);
 
 }  // namespace moesaic::cuda

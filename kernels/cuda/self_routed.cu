@@ -1,14 +1,13 @@
 #include <algorithm>
 #include <array>
 
-#include "kernels/cuda/activate.cuh"
 #include "kernels/cuda/base/check.h"
 #include "kernels/cuda/base/column_panels.cuh"
 #include "kernels/cuda/base/last_block.cuh"
 #include "kernels/cuda/base/operands.h"
 #include "kernels/cuda/base/row_times.cuh"
 #include "kernels/cuda/linear.h"
-#include "kernels/cuda/self_routed.h"
+#include "kernels/cuda/self_routed.cuh"
 
 namespace moesaic::cuda {
 namespace {
@@ -23,27 +22,6 @@ constexpr int kElementThreads = 256;
 // Rows of float32 weights would stage more than a block may have.
 template <class Row>
 constexpr int kGateWarps = Row::kElems == 1 && Row::kBytes == 4 ? 4 : 8;
-
-struct Thresholds {
-  const float* input;
-  const float* gate;  // null: nothing is routed by the gate
-  const float* hidden;
-};
-
-__device__ float large_or_zero(const float* x, const float* threshold, std::int64_t i) {
-  const float v = x[i];
-  return fabsf(v) >= threshold[i] ? v : 0.0f;  // NaN is not large
-}
-
-__device__ bool is_routed(const Thresholds& t, float a, std::int64_t i) {
-  return t.gate == nullptr || fabsf(a) >= t.gate[i];
-}
-
-// a u of a routed neuron, or 0 where that is below its threshold.
-__device__ float kept_or_zero(const Thresholds& t, float a, float u, std::int64_t i) {
-  const float h = __fmul_rn(a, u);
-  return fabsf(h) >= t.hidden[i] ? h : 0.0f;
-}
 
 struct GateUp {
   const std::uint8_t* gate;        // column panels
@@ -72,7 +50,7 @@ __global__ void __launch_bounds__(kGateWarps<typename Format::Row>* kWarp,
   const std::int64_t n_units = (to.d_model + kColumnUnit - 1) / kColumnUnit;
   const std::int64_t panel = blockIdx.x, panel_at = panel * n_units * Format::kUnitBytes;
   const float* x = to.x + blockIdx.y * to.x_stride;
-  const auto large = [&](std::int64_t c) { return large_or_zero(x, to.thresholds.input, c); };
+  const auto large = [&](std::int64_t c) { return large_or_zero(x[c], to.thresholds.input[c]); };
   panel_sums<Format, kWarps>(to.gate + panel_at, 0, n_units, to.d_model, large, shared, gate);
 
   const int r = threadIdx.x;
@@ -82,7 +60,7 @@ __global__ void __launch_bounds__(kGateWarps<typename Format::Row>* kWarp,
   if constexpr (kUpByRows) {
     extern __shared__ __align__(16) std::uint8_t staged[];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const bool routed = mine && is_routed(to.thresholds, a, neuron);
+    const bool routed = mine && is_routed(a, to.thresholds.gate[neuron]);
     const unsigned mask = __ballot_sync(kAllLanes, routed);
     if (r < kColumnRows) {
       up[r] = 0;
@@ -103,12 +81,12 @@ __global__ void __launch_bounds__(kGateWarps<typename Format::Row>* kWarp,
     __syncthreads();
     if (mine) {
       to.h[blockIdx.y * to.d_ff + neuron] =
-          routed ? kept_or_zero(to.thresholds, a, up[r], neuron) : 0.0f;
+          routed ? kept_or_zero(a, up[r], to.thresholds.hidden[neuron]) : 0.0f;
     }
   } else {
     panel_sums<Format, kWarps>(to.up_columns + panel_at, 0, n_units, to.d_model, large, shared, up);
     if (mine) {
-      to.h[blockIdx.y * to.d_ff + neuron] = kept_or_zero(to.thresholds, a, up[r], neuron);
+      to.h[blockIdx.y * to.d_ff + neuron] = kept_or_zero(a, up[r], to.thresholds.hidden[neuron]);
     }
   }
 }
@@ -154,7 +132,7 @@ __global__ void __launch_bounds__(kElementThreads)
     large_kernel(ConstMatrix x, const float* threshold, float* to) {
   const std::int64_t c = std::int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
   if (c < x.cols) {
-    to[blockIdx.y * x.cols + c] = large_or_zero(x.data + blockIdx.y * x.stride, threshold, c);
+    to[blockIdx.y * x.cols + c] = large_or_zero(x.data[blockIdx.y * x.stride + c], threshold[c]);
   }
 }
 
@@ -166,7 +144,8 @@ __global__ void __launch_bounds__(kElementThreads)
   if (i >= d_ff) return;
   const std::int64_t at = blockIdx.y * d_ff + i;
   const float a = phi_of(phi, gate[at]);
-  h[at] = is_routed(thresholds, a, i) ? kept_or_zero(thresholds, a, up[at], i) : 0.0f;
+  const bool routed = thresholds.gate == nullptr || is_routed(a, thresholds.gate[i]);
+  h[at] = routed ? kept_or_zero(a, up[at], thresholds.hidden[i]) : 0.0f;
 }
 
 const std::uint8_t* bytes(const std::byte* p) { return reinterpret_cast<const std::uint8_t*>(p); }
@@ -211,11 +190,6 @@ Workspace divide(const SelfRoutedView& layer, std::byte* data) {
   w.up = take(by_columns ? 0 : layer.d_ff());
   w.bytes = used;
   return w;
-}
-
-Thresholds thresholds_of(const SelfRoutedView& layer) {
-  return {layer.input_threshold.data(), layer.up_by_input ? nullptr : layer.gate_threshold.data(),
-          layer.hidden_threshold.data()};
 }
 
 dim3 grid(std::int64_t x, std::int64_t y, std::int64_t z = 1) {
@@ -302,15 +276,7 @@ std::size_t self_routed_workspace(const SelfRoutedView& layer) {
 
 void self_routed(const SelfRoutedView& layer, ConstMatrix x, Matrix y, std::byte* workspace,
                  StreamHandle stream) {
-  kernels::check_shapes(layer);
-  const std::int64_t d_model = layer.d_model();
-  require<ShapeError>(x.cols == d_model && y.cols == d_model && y.rows == x.rows,
-                      "self-routed layer: x [{}, {}] and y [{}, {}], expected [n, {}]", x.rows,
-                      x.cols, y.rows, y.cols, d_model);
-  for (const std::int64_t n : {d_model, layer.d_ff()}) {
-    require<ShapeError>(n % 4 == 0, "self-routed layer: {} entries, expected a multiple of 4", n);
-  }
-  require_aligned_rows("self-routed layer", x);
+  check_operands(layer, x, y);
   if (!reads_up_by_columns(layer)) require_weights("self-routed layer", layer.w_up);
   const Workspace w = divide(layer, workspace);
   for (std::int64_t first = 0; first < x.rows; first += kMaxTokens) {

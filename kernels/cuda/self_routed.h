@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/base/view.h"
+#include "kernels/cuda/base/blas.h"
 #include "kernels/cuda/base/stream.h"
 #include "kernels/self_routed.h"
 
@@ -34,5 +35,23 @@ std::size_t self_routed_workspace(const kernels::SelfRoutedView& layer);
 /// entries that count give. Throws ShapeError.
 void self_routed(const kernels::SelfRoutedView& layer, ConstMatrix x, Matrix y,
                  std::byte* workspace, StreamHandle stream);
+
+/// Bytes that self_routed_batch needs as workspace for so many tokens.
+std::size_t self_routed_batch_workspace(const kernels::SelfRoutedView& layer,
+                                        std::int64_t n_tokens);
+
+/// The same for batches, on tensor cores, by dense products with zeros for what is below its
+/// threshold (gemm.h): each matrix is unpacked once, whichever order it stands in; x̂, x, h and
+/// weights rounded to bfloat16, sums in float32. What is compared with a threshold is not rounded
+/// first: x and a u in float32, and a = φ(g). But g and u are sums of rounded products, so that a
+/// neuron that lies within such roundings of its threshold may be kept here and not by
+/// self_routed(), or the other way round.
+///
+///   x, y      as above, at most 65,535 tokens
+///   workspace self_routed_batch_workspace() bytes at a multiple of 256, need not be zeroed
+///
+/// Operands as above, thresholds at multiples of 16 bytes. Throws ShapeError, DeviceError.
+void self_routed_batch(Blas& blas, const kernels::SelfRoutedView& layer, ConstMatrix x, Matrix y,
+                       std::byte* workspace, StreamHandle stream);
 
 }  // namespace moesaic::cuda

@@ -39,12 +39,6 @@ std::shared_ptr<const Checkpoint> on_device(std::shared_ptr<const Checkpoint> ch
   return checkpoint;
 }
 
-std::shared_ptr<float> allocate_device_kv(std::int64_t bytes) {
-  const auto memory =
-      std::make_shared<cuda::DeviceBuffer<float>>(static_cast<std::size_t>(bytes) / sizeof(float));
-  return {memory, memory->data()};
-}
-
 Matrix matrix(std::span<float> data, std::int64_t rows, std::int64_t cols) {
   return {data.data(), rows, cols};
 }
@@ -85,6 +79,8 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
                                   std::int64_t positions_wanted, const cuda::Stream& stream)
     : n_rows(rows_wanted), n_outputs(outputs_wanted), max_positions(positions_wanted) {
   std::size_t moe_bytes = 0, moe_batch_bytes = 0, self_routed_bytes = 0, mixture_bytes = 0;
+  // Of dense products, and of batches of self-routed layers: neither leaves anything in it.
+  std::size_t gemm_bytes = n_rows > kGraphRows ? products_workspace(weights, n_rows, n_outputs) : 0;
   std::int64_t n_selected = 0;
   for (const LayerWeights& layer : weights.layers) {
     if (const auto* moe = std::get_if<kernels::SecretMoeView>(&layer.mlp)) {
@@ -95,12 +91,13 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
       n_selected = std::max(n_selected, moe->n_active);
     } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&layer.mlp)) {
       self_routed_bytes = std::max(self_routed_bytes, cuda::self_routed_workspace(*self));
+      if (n_rows > kGraphRows) {
+        gemm_bytes = std::max(gemm_bytes, cuda::self_routed_batch_workspace(*self, n_rows));
+      }
     } else if (const auto* general = std::get_if<kernels::MixtureView>(&layer.mlp)) {
       mixture_bytes = std::max(mixture_bytes, cuda::mixture_workspace(*general));
     }
   }
-  const std::size_t gemm_bytes =
-      n_rows > kGraphRows ? products_workspace(weights, n_rows, n_outputs) : 0;
   const cuda::AttentionShape shape{c.n_heads, 0, 0, max_positions};
   const std::size_t attention_bytes =
       cuda::attention_workspace(shape, std::min(n_rows, kAttentionRows), c.head_dim);
@@ -122,6 +119,7 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
     take(selected, n_rows > kGraphRows ? n_rows : 1, n_selected);
     take(draws, n_outputs, 1);
     take(ids, n_outputs, 1);
+    take(sample, 1, static_cast<std::int64_t>(cuda::sample_workspace(n_outputs)));
     take(attention, 1, static_cast<std::int64_t>(attention_bytes));
     take(gemm, 1, static_cast<std::int64_t>(gemm_bytes));
     take(mixture, 1, static_cast<std::int64_t>(mixture_bytes));
@@ -133,7 +131,7 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
   divide();
   arena = std::make_shared<cuda::Arena>(bytes);
   divide();
-  for (const auto part : {moe, moe_batch, self_routed}) {
+  for (const auto part : {sample, moe, moe_batch, self_routed}) {
     cuda::zero_bytes(part.data(), part.size(), stream);
   }
   host_rows = cuda::PinnedBuffer<std::int32_t>(rows.size());
@@ -145,9 +143,9 @@ CudaTransformer::Buffers::Buffers(const ModelConfig& c, const CudaWeights& weigh
 CudaTransformer::CudaTransformer(std::shared_ptr<const Checkpoint> checkpoint, int device)
     : checkpoint_(on_device(std::move(checkpoint), device)), weights_(*checkpoint_, stream_) {}
 
-engine::KvCache CudaTransformer::make_cache(std::int64_t n_slots, std::int64_t capacity) const {
-  const ModelConfig& c = config();
-  return {c.n_layers, n_slots, capacity, c.n_kv_heads, c.head_dim, allocate_device_kv};
+std::unique_ptr<engine::KvCache> CudaTransformer::make_cache(std::int64_t n_slots,
+                                                             std::int64_t capacity) const {
+  return std::make_unique<CudaKvCache>(shape(), n_slots, capacity);
 }
 
 void CudaTransformer::reserve(const PassShape& pass) {
@@ -194,7 +192,8 @@ void CudaTransformer::run(const engine::Batch& batch, engine::KvCache& cache,
   const auto n_rows = static_cast<std::int64_t>(batch.tokens.size());
   const auto n_outputs = static_cast<std::int64_t>(batch.outputs.size());
   engine::check_batch(batch, shape(), cache);
-  require<ShapeError>(cache.allocator() == allocate_device_kv,
+  auto* paged = dynamic_cast<CudaKvCache*>(&cache);
+  require<ShapeError>(paged != nullptr,
                       "KV cache in the host's memory, expected one of make_cache()");
   for (std::size_t t = 0; t < batch.tokens.size(); ++t) {
     require<InputError>(batch.tokens[t] >= 0 && batch.tokens[t] < config().vocab_size,
@@ -208,11 +207,11 @@ void CudaTransformer::run(const engine::Batch& batch, engine::KvCache& cache,
   const PassShape pass{n_rows,
                        n_outputs,
                        std::min(std::max(bucket, kMinPositions), cache.capacity()),
-                       cache.layer(0).keys,
-                       cache.capacity(),
-                       cache.n_slots(),
+                       paged->layer(0).pages,
+                       paged->layer(0).pages_per_slot,
                        !draws.empty()};
   reserve(pass);
+  paged->reach(batch, stream_);
   std::int32_t* to = buffers_.host_rows.span().data();
   for (const auto& part : {batch.tokens, batch.slots, batch.positions}) {
     to = std::ranges::copy(part, to).out;
@@ -222,18 +221,18 @@ void CudaTransformer::run(const engine::Batch& batch, engine::KvCache& cache,
     auto graph = graphs_.find(pass);
     if (graph == graphs_.end()) {
       if (graphs_.size() >= kMaxGraphs) graphs_.clear();
-      cuda::Graph captured(stream_, [&] { queue(pass, batch.outputs, cache); });
+      cuda::Graph captured(stream_, [&] { queue(pass, batch.outputs, *paged); });
       graph = graphs_.emplace(pass, std::move(captured)).first;
     }
     graph->second.launch(stream_);
   } else {
-    queue(pass, batch.outputs, cache);
+    queue(pass, batch.outputs, *paged);
   }
   stream_.synchronize();
 }
 
 void CudaTransformer::queue(const PassShape& pass, std::span<const std::int32_t> outputs,
-                            engine::KvCache& cache) {
+                            const CudaKvCache& cache) {
   const ModelConfig& c = config();
   Buffers& b = buffers_;
   const auto n_ints = static_cast<std::size_t>(3 * pass.n_rows);
@@ -276,7 +275,7 @@ void CudaTransformer::queue(const PassShape& pass, std::span<const std::int32_t>
   }
   cuda::copy_bytes_in(reinterpret_cast<std::byte*>(b.draws.data()), b.host_draws.span().data(),
                       out * sizeof(kernels::Draw), stream_);
-  cuda::sample(logits, b.draws.data(), b.ids.data(), stream_);
+  cuda::sample(logits, b.draws.data(), b.ids.data(), b.sample.data(), stream_);
   cuda::copy_bytes_out(b.host_ids.span().data(), reinterpret_cast<std::byte*>(b.ids.data()),
                        out * sizeof(std::int32_t), stream_);
 }
@@ -291,7 +290,7 @@ void CudaTransformer::queue_products(std::span<const cuda::Product> products) {
 
 // t = post_attn_norm?(W_o attention(rope(q_norm?(W_q n)), …)).
 void CudaTransformer::queue_attention(int layer, const PassShape& pass,
-                                      const kernels::KvLayerView& cache) {
+                                      const cuda::PagedKv& cache) {
   const ModelConfig& c = config();
   const Buffers& b = buffers_;
   const LayerWeights& w = weights_.layers[static_cast<std::size_t>(layer)];
@@ -343,7 +342,11 @@ void CudaTransformer::queue_mlp(int layer, std::int64_t n_rows) {
     const cuda::Product down{dense->w_down, gate, nullptr, t};
     queue_products({&down, 1});
   } else if (const auto* self = std::get_if<kernels::SelfRoutedView>(&w.mlp)) {
-    cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
+    if (n_rows > kGraphRows) {
+      cuda::self_routed_batch(*blas_, *self, n, t, b.gemm.data(), stream_);
+    } else {
+      cuda::self_routed(*self, n, t, b.self_routed.data(), stream_);
+    }
   } else if (const auto* general = std::get_if<kernels::MixtureView>(&w.mlp)) {
     cuda::mixture(*general, n, t, nullptr, nullptr, b.mixture.data(), stream_);
   } else {

@@ -15,6 +15,7 @@
 #include "kernels/cuda/base/stream.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/sample.h"
+#include "models/cuda/kv_cache.h"
 #include "models/cuda/weights.h"
 
 namespace moesaic::models {
@@ -25,9 +26,9 @@ namespace moesaic::models {
 /// row that was drawn from them. Other batches are queued kernel by kernel.
 ///
 /// Up to 64 rows all is float32: rows beyond 8 read the weights again for each 8. Larger batches,
-/// prompts that is, go through tensor cores, operands rounded to bfloat16: dense products through
-/// cuBLAS, which is loaded with the first of them, attention, and secret-MoE layers. A row's result
-/// depends on how many others come with it only as far as that.
+/// prompts that is, go through tensor cores, operands rounded to bfloat16: dense products and
+/// self-routed layers through cuBLAS, which is loaded with the first of them, attention, and
+/// secret-MoE layers. A row's result depends on how many others come with it only as far as that.
 class CudaTransformer : public engine::Decoder {
  public:
   /// Copies the checkpoint's weights to GPU `device`. Throws DeviceError; ShapeError for d_model,
@@ -36,7 +37,8 @@ class CudaTransformer : public engine::Decoder {
 
   // engine::Decoder
   engine::DecoderShape shape() const override { return config().shape(); }
-  engine::KvCache make_cache(std::int64_t n_slots, std::int64_t capacity) const override;
+  std::unique_ptr<engine::KvCache> make_cache(std::int64_t n_slots,
+                                              std::int64_t capacity) const override;
   void forward(const engine::Batch& batch, engine::KvCache& cache, Matrix logits) override;
   bool draws() const override { return config().vocab_size <= cuda::kMaxSampleVocab; }
   void forward_and_draw(const engine::Batch& batch, engine::KvCache& cache,
@@ -49,9 +51,8 @@ class CudaTransformer : public engine::Decoder {
     std::int64_t n_rows = 0;
     std::int64_t n_outputs = 0;
     std::int64_t max_positions = 0;
-    const float* cache = nullptr;
-    std::int64_t capacity = 0;
-    std::int64_t n_slots = 0;
+    float* const* cache = nullptr;
+    std::int64_t pages_per_slot = 0;
     bool draws = false;
     auto operator<=>(const PassShape&) const = default;
   };
@@ -73,7 +74,8 @@ class CudaTransformer : public engine::Decoder {
     std::span<std::int32_t> selected;  // of one layer: [rows at once, n_active]
     std::span<kernels::Draw> draws;    // [n_outputs]
     std::span<std::int32_t> ids;       // [n_outputs]
-    std::span<std::byte> attention, gemm, mixture, moe, moe_batch, self_routed;  // workspaces
+    // Workspaces.
+    std::span<std::byte> attention, gemm, mixture, moe, moe_batch, self_routed, sample;
     cuda::PinnedBuffer<std::int32_t> host_rows;
     cuda::PinnedBuffer<float> host_logits;
     cuda::PinnedBuffer<kernels::Draw> host_draws;
@@ -87,9 +89,10 @@ class CudaTransformer : public engine::Decoder {
   void run(const engine::Batch& batch, engine::KvCache& cache,
            std::span<const kernels::Draw> draws);
   // The whole pass, from host_rows and host_draws to what run() leaves.
-  void queue(const PassShape& pass, std::span<const std::int32_t> outputs, engine::KvCache& cache);
+  void queue(const PassShape& pass, std::span<const std::int32_t> outputs,
+             const CudaKvCache& cache);
   void queue_products(std::span<const cuda::Product> products);
-  void queue_attention(int layer, const PassShape& pass, const kernels::KvLayerView& cache);
+  void queue_attention(int layer, const PassShape& pass, const cuda::PagedKv& cache);
   void queue_mlp(int layer, std::int64_t n_rows);
 
   std::shared_ptr<const Checkpoint> checkpoint_;

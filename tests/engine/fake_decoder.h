@@ -106,7 +106,7 @@ class FakeDecoder : public Decoder {
     rows += static_cast<std::int64_t>(batch.tokens.size());
     outputs += static_cast<std::int64_t>(batch.outputs.size());
     largest = std::max(largest, static_cast<std::int64_t>(batch.tokens.size()));
-    const kernels::KvLayerView view = cache.layer(0);
+    const kernels::KvLayerView view = on_host(cache).layer(0);
     for (std::size_t t = 0; t < batch.tokens.size(); ++t) {
       ASSERT_LT(batch.positions[t], view.capacity);
       ASSERT_LT(batch.slots[t], view.n_slots);

@@ -10,7 +10,7 @@ namespace moesaic::engine {
 namespace {
 
 TEST(KvCache, LayersLieOneAfterTheOther) {
-  KvCache cache(3, 2, 5, 4, 8);
+  HostKvCache cache(3, 2, 5, 4, 8);
   const std::int64_t per_layer = 2 * 5 * 4 * 8;
   EXPECT_EQ(cache.bytes(), 3 * 2 * per_layer * 4);
   for (int layer = 0; layer < 3; ++layer) {
@@ -24,7 +24,7 @@ TEST(KvCache, LayersLieOneAfterTheOther) {
 }
 
 TEST(KvCache, IsZeroAlignedAndWritableToTheLastElement) {
-  KvCache cache(2, 1, 7, 1, 2);
+  HostKvCache cache(2, 1, 7, 1, 2);
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(cache.layer(0).keys) % 64, 0U);
   float* all = cache.layer(0).keys;
   const std::int64_t n = cache.bytes() / 4;
@@ -35,19 +35,19 @@ TEST(KvCache, IsZeroAlignedAndWritableToTheLastElement) {
 }
 
 TEST(KvCache, SizesThatAreNotPositiveAreRefused) {
-  EXPECT_THROW(KvCache(0, 1, 1, 1, 1), InputError);
-  EXPECT_THROW(KvCache(1, 0, 1, 1, 1), InputError);
-  EXPECT_THROW(KvCache(1, 1, -1, 1, 1), InputError);
-  EXPECT_THROW(KvCache(1, 1, 1, 0, 1), InputError);
-  EXPECT_THROW(KvCache(1, 1, 1, 1, 0), InputError);
+  EXPECT_THROW(HostKvCache(0, 1, 1, 1, 1), InputError);
+  EXPECT_THROW(HostKvCache(1, 0, 1, 1, 1), InputError);
+  EXPECT_THROW(HostKvCache(1, 1, -1, 1, 1), InputError);
+  EXPECT_THROW(HostKvCache(1, 1, 1, 0, 1), InputError);
+  EXPECT_THROW(HostKvCache(1, 1, 1, 1, 0), InputError);
 }
 
 TEST(KvCache, SizeThatOverflowsIsRefused) {
-  EXPECT_THROW(KvCache(1000, std::int64_t{1} << 40, std::int64_t{1} << 40, 8, 128), InputError);
+  EXPECT_THROW(HostKvCache(1000, std::int64_t{1} << 40, std::int64_t{1} << 40, 8, 128), InputError);
 }
 
 TEST(KvCache, LayerOutsideIsRefused) {
-  KvCache cache(2, 1, 1, 1, 2);
+  HostKvCache cache(2, 1, 1, 1, 2);
   EXPECT_THROW(cache.layer(2), ShapeError);
   EXPECT_THROW(cache.layer(-1), ShapeError);
 }

@@ -33,7 +33,7 @@ std::vector<std::vector<float>> mlp_inputs(Transformer& model, const std::vector
     const auto rows = static_cast<std::int64_t>(n);
     std::vector<float> r(n * kD), x(n * kD), y(n * kD);
     const auto matrix = [&](std::vector<float>& v) { return Matrix(v.data(), rows, kD); };
-    engine::KvCache cache(model.config().n_layers, 1, rows, TinyModel::kKvHeads, 16);
+    engine::HostKvCache cache(model.config().n_layers, 1, rows, TinyModel::kKvHeads, 16);
     std::vector<std::int32_t> slots(n, 0), positions(n);
     for (std::size_t i = 0; i < n; ++i) positions[i] = static_cast<std::int32_t>(i);
     model.embed(std::span(ids).subspan(first, n), matrix(r));

@@ -210,7 +210,7 @@ TEST_F(MixtureFile, ActiveExpertsAreFewerThanExperts) {
 
 std::vector<float> logits_of(Transformer& model, const std::vector<std::int32_t>& ids) {
   const auto n = static_cast<std::int64_t>(ids.size());
-  engine::KvCache cache(model.config().n_layers, 1, n, TinyModel::kKvHeads, 16);
+  engine::HostKvCache cache(model.config().n_layers, 1, n, TinyModel::kKvHeads, 16);
   std::vector<std::int32_t> slots(ids.size(), 0), positions(ids.size());
   for (std::size_t i = 0; i < ids.size(); ++i) positions[i] = static_cast<std::int32_t>(i);
   std::vector<float> logits(ids.size() * TinyModel::kVocab);

@@ -69,7 +69,7 @@ TEST(SelfRoutedFile, ForwardEqualsReference) {
       TestContext test(2, activations);
       Transformer transformer(with_panels(*model.load(), test.pool), test.context);
       const engine::DecoderShape shape = transformer.shape();
-      engine::KvCache cache(shape.n_layers, 1, 16, shape.n_kv_heads, shape.head_dim);
+      engine::HostKvCache cache(shape.n_layers, 1, 16, shape.n_kv_heads, shape.head_dim);
       std::vector<float> logits(static_cast<std::size_t>(shape.vocab_size));
       for (std::int32_t p = 0; p < 7; ++p) {
         const std::int32_t id = ids[static_cast<std::size_t>(p)], slot = 0, output = 0;

@@ -59,7 +59,7 @@ struct Runner {
 
   TestContext test;
   Transformer model;
-  engine::KvCache cache;
+  engine::HostKvCache cache;
 };
 
 // Largest difference over the root mean square of the expected logits.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/quant.h"
 #include "tests/reference/linear.h"
 #include "tests/reference/ops.h"
 
@@ -14,9 +15,23 @@ struct Value {
   double error = 0;
 };
 
+double rounded(double v) {
+  return kernels::bf16_to_f32(kernels::f32_to_bf16(static_cast<float>(v)));
+}
+
+void round_to_bf16(std::vector<float>& weights, std::vector<Value>& x) {
+  for (float& w : weights) w = static_cast<float>(rounded(w));
+  for (Value& v : x) {
+    const double low = rounded(v.value - v.error), high = rounded(v.value + v.error);
+    v.value = rounded(v.value);
+    v.error = std::max(high - v.value, v.value - low);
+  }
+}
+
 // W x for entries that have errors of their own.
-std::vector<Value> times(const WeightView& w, const std::vector<Value>& x, const Precision& p) {
-  const std::vector<float> weights = unpack(w);
+std::vector<Value> times(const WeightView& w, std::vector<Value> x, const Precision& p) {
+  std::vector<float> weights = unpack(w);
+  if (p.bf16) round_to_bf16(weights, x);
   const std::size_t n = x.size();
   std::vector<double> largest((n + 31) / 32);
   for (std::size_t c = 0; c < n; ++c) {

@@ -8,11 +8,14 @@
 namespace moesaic::reference {
 
 /// How exact a product is: an error of `element` times each entry of its vector, of `unit` times
-/// the largest of the entry's 32, of `sum` times the sum of its terms' absolute values.
+/// the largest of the entry's 32, of `sum` times the sum of its terms' absolute values. With `bf16`
+/// weights and entries are first rounded to bfloat16, an entry to either side of a border between
+/// two that it is within its error of.
 struct Precision {
   double element = 0;
   double unit = 0;
   double sum = 0;
+  bool bf16 = false;
 };
 
 /// The layer by its definition, in double.

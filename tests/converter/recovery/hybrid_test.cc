@@ -154,7 +154,7 @@ std::vector<float> runtime_hidden(const std::shared_ptr<const models::Checkpoint
   const std::int64_t d = model.config().d_model;
   std::vector<float> out;
   for (std::size_t first = 0; first < tokens.size(); first += kContext) {
-    engine::KvCache cache(model.config().n_layers, 1, kContext, model.config().n_kv_heads,
+    engine::HostKvCache cache(model.config().n_layers, 1, kContext, model.config().n_kv_heads,
                           model.config().head_dim);
     std::vector<std::int32_t> slots(kContext), positions(kContext);
     for (std::size_t i = 0; i < positions.size(); ++i) {

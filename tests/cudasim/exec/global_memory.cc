@@ -243,8 +243,9 @@ void check_global(Warp& w, int lane, u64 address, u32 bytes, bool write, bool at
   if (write) std::memset(state, kInitialised, bytes);
 }
 
-void read_global(Warp& w, u32 mask, const u64* a, u32 bytes, std::byte* data, u32 flags) {
-  if ((flags & kStrong) != 0) acquire(w);
+namespace {
+
+void load(Warp& w, u32 mask, const u64* a, u32 bytes, std::byte* data, u32 flags) {
   if (mask == kAllLanes && contiguous(a, bytes) && read_run(w, a[0], bytes, data, flags)) return;
   if (uniform(mask, a)) {
     const int lane = std::countr_zero(mask);
@@ -259,6 +260,14 @@ void read_global(Warp& w, u32 mask, const u64* a, u32 bytes, std::byte* data, u3
     });
   }
   if ((flags & kConstant) == 0) count_global(w, mask, a, bytes, false);
+}
+
+}  // namespace
+
+void read_global(Warp& w, u32 mask, const u64* a, u32 bytes, std::byte* data, u32 flags) {
+  load(w, mask, a, bytes, data, flags);
+  // Not before: another block may release between the two, on another host thread, what is read.
+  if ((flags & kStrong) != 0) acquire(w);
 }
 
 void write_global(Warp& w, u32 mask, const u64* a, u32 bytes, const std::byte* data, u32 flags) {

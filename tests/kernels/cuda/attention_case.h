@@ -18,8 +18,9 @@ struct AttentionCase {
   float scale = 0.2f;
 };
 
-/// Random queries, and a cache of random keys and values, on the host and on the device. There only
-/// keys at and before each token's position are written: reading any other is found.
+/// Random queries, and a cache of random keys and values, on the host and on the device. There each
+/// page is memory of its own, of two layers, and only keys at and before each token's position are
+/// written: reading any other is found.
 class AttentionOperands {
  public:
   AttentionOperands(const AttentionCase& c, const Stream& stream)
@@ -28,11 +29,19 @@ class AttentionOperands {
         keys(size(n_slots_ * c.capacity * row())),
         values(keys.size()),
         queries(normal_values(size(n_tokens() * cols()), 9)),
-        device_keys_(keys.size()),
-        device_values_(keys.size()),
+        pages_per_slot_((c.capacity + kKvPage - 1) / kKvPage),
         device_q_(queries, n_tokens(), cols(), stream),
         device_slots_(on_device(c.slots, stream)),
         device_positions_(on_device(c.positions, stream)) {
+    std::vector<float*> table(size(n_slots_ * pages_per_slot_), nullptr);
+    for (std::int64_t s = 0; s < n_slots_; ++s) {
+      longest_ = std::max(longest_, length_of(s));
+      for (std::int64_t p = 0; p * kKvPage < length_of(s); ++p) {
+        device_pages_.emplace_back(size(4 * kKvPage * row()));
+        table[size(s * pages_per_slot_ + p)] = device_pages_.back().data();
+      }
+    }
+    device_table_ = on_device(table, stream);
     for (std::int64_t s = 0; s < n_slots_; ++s) fill_slot(s, stream);
   }
 
@@ -44,9 +53,9 @@ class AttentionOperands {
   }
   ConstMatrix q() const { return device_q_.view(); }
   TokenPlaces places() const { return {device_slots_.data(), device_positions_.data()}; }
-  kernels::KvLayerView cache() const {
-    return {device_keys_.data(), device_values_.data(), n_slots_,
-            case_.capacity,      case_.n_kv_heads,      case_.head_dim};
+  PagedKv cache() const {  // the second layer
+    return {device_table_.data(), pages_per_slot_,  2 * kKvPage * row(),
+            3 * kKvPage * row(),  case_.n_kv_heads, case_.head_dim};
   }
 
   /// Of the host's operands, which a test may round first.
@@ -58,12 +67,15 @@ class AttentionOperands {
   }
 
  private:
-  void fill_slot(std::int64_t s, const Stream& stream) {
+  std::int64_t length_of(std::int64_t s) const {
     std::int64_t length = 0;
     for (std::size_t t = 0; t < case_.slots.size(); ++t) {
       if (case_.slots[t] == s) length = std::max<std::int64_t>(length, case_.positions[t] + 1);
     }
-    longest_ = std::max(longest_, length);
+    return length;
+  }
+  void fill_slot(std::int64_t s, const Stream& stream) {
+    const std::int64_t length = length_of(s);
     const auto k = normal_values(size(length * row()), static_cast<unsigned>(3 * s + 1));
     const auto v = normal_values(size(length * row()), static_cast<unsigned>(3 * s + 2));
     std::copy(k.begin(), k.end(), keys.begin() + s * case_.capacity * row());
@@ -85,7 +97,9 @@ class AttentionOperands {
   std::vector<float> queries;       // [n_tokens, n_heads · head_dim]
 
  private:
-  DeviceBuffer<float> device_keys_, device_values_;
+  std::int64_t pages_per_slot_;
+  std::vector<DeviceBuffer<float>> device_pages_;
+  DeviceBuffer<float*> device_table_;
   DeviceMatrix device_q_;
   DeviceBuffer<std::int32_t> device_slots_, device_positions_;
 };

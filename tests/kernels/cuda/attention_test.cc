@@ -26,7 +26,7 @@ class Attention : public OnDevice {
 };
 
 TEST_F(Attention, OneTokenAtManyPositions) {
-  for (const std::int32_t p : {0, 1, 3, 15, 16, 255, 256, 257, 600}) {
+  for (const std::int32_t p : {0, 1, 3, 15, 16, 63, 64, 65, 255, 256, 257, 600}) {
     expect_attention({.capacity = 601, .positions = {p}});
   }
 }
@@ -58,13 +58,13 @@ TEST_F(Attention, NoTokens) { expect_attention({.slots = {}, .positions = {}}); 
 
 TEST_F(Attention, NamesTheShapes) {
   const DeviceMatrix q(1, 128), k(1, 64), narrow(1, 60);
-  const kernels::KvLayerView cache{nullptr, nullptr, 1, 8, 2, 32};
+  const PagedKv cache{nullptr, 1, 0, 0, 2, 32};
   const auto expect_thrown = [&](Matrix in, AttentionShape shape, Matrix out) {
     EXPECT_THROW(attention(in, {}, cache, shape, out, nullptr, stream), ShapeError);
   };
   expect_thrown(q.view(), {3, 1, 0, 8}, q.view());
   expect_thrown(k.view(), {4, 1, 0, 8}, q.view());
-  expect_thrown(q.view(), {4, 1, 0, 9}, q.view());
+  expect_thrown(q.view(), {4, 1, 0, 65}, q.view());
   expect_thrown(q.view(), {4, 1, 0, 8}, k.view());
   EXPECT_THROW(store_kv(k.view(), narrow.view(), {}, cache, stream), ShapeError);
 }

@@ -1,6 +1,7 @@
 #include "kernels/cuda/gemm.h"
 
 #include "kernels/base/error.h"
+#include "kernels/cuda/base/column_panels.h"
 #include "kernels/linear.h"
 #include "kernels/quant.h"
 #include "tests/kernels/cuda/device.h"
@@ -50,6 +51,32 @@ class Gemm : public OnDevice {
     expect_equal(out.host(stream), rounded(w.view(), x), cols,
                  fmt::format("{} [{}, {}], {} tokens", traits(dtype).name, rows, cols, n_tokens));
   }
+  // The same with W in column panels and X rounded; room for `part_rows` rows of W.
+  void expect_columns(DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t n_tokens,
+                      std::int64_t part_rows) {
+    const Packed w(dtype, rows, cols, static_cast<unsigned>(rows + cols));
+    const auto x = normal_values(size(n_tokens * cols), 2);
+    std::vector<std::byte> packed(size(column_panels(w.view()).bytes()));
+    pack_column_panels(w.view(), packed.data());
+    const DeviceBuffer<std::byte> panels = on_device(packed, stream);
+    const std::int64_t stride = bf16_stride(cols);
+    std::vector<std::uint16_t> bits(size(n_tokens * stride));
+    for (std::size_t t = 0; t < size(n_tokens); ++t) {
+      for (std::size_t c = 0; c < size(cols); ++c) {
+        bits[t * size(stride) + c] = kernels::f32_to_bf16(x[t * size(cols) + c]);
+      }
+    }
+    const DeviceBuffer<std::uint16_t> in = on_device(bits, stream);
+    const DeviceMatrix out(n_tokens, rows);
+    const DeviceBuffer<std::byte> workspace(gemm_workspace(0, cols, part_rows * stride));
+    WeightView view = w.view();
+    view.data = nullptr;
+    gemm(blas, {view, panels.data(), {in.data(), n_tokens, cols, stride}, out.view()},
+         {workspace.data(), workspace.size()}, stream);
+    expect_equal(
+        out.host(stream), rounded(w.view(), x), cols,
+        fmt::format("columns of {} [{}, {}], {} tokens", traits(dtype).name, rows, cols, n_tokens));
+  }
 
   Blas blas{stream};
 };
@@ -83,6 +110,57 @@ TEST_F(Gemm, MatricesLargerThanTheWorkspaceComeInParts) {
   for (const std::int64_t part : {1, 4, 5, 9, 10}) {
     expect_product(DType::Q4_0, 10, 96, 5, part);
     expect_product(DType::Q6_K, 10, 256, 5, part);
+  }
+}
+
+TEST_F(Gemm, EveryColumnFormat) {
+  for (const DTypeTraits& t : kDTypes) {
+    if (!has_column_panels(t.dtype)) continue;
+    expect_columns(t.dtype, 7, 32, 3, 7);
+    expect_columns(t.dtype, 64, 96, 1, 64);
+    expect_columns(t.dtype, 150, 160, 2, 150);
+  }
+}
+
+TEST_F(Gemm, ColumnsOfOddSizesAndInParts) {
+  for (const std::int64_t cols : {1, 7, 33, 63, 252}) {
+    expect_columns(DType::F32, 65, cols, 2, 65);
+    expect_columns(DType::BF16, 3, cols, 2, 3);
+  }
+  for (const std::int64_t part : {64, 65, 127, 128, 199, 200}) {
+    expect_columns(DType::Q4_1, 200, 96, 3, part);
+  }
+  expect_columns(DType::Q8_0, 0, 64, 2, 1);
+  expect_columns(DType::Q8_0, 2, 64, 0, 2);
+  EXPECT_THROW(expect_columns(DType::Q4_0, 70, 64, 2, 63), ShapeError);
+}
+
+// Every bit, beyond what sums show: rows of the identity.
+TEST_F(Gemm, UnpackedColumnsAreTheRowsRounded) {
+  for (const DType dtype :
+       {DType::F32, DType::F16, DType::BF16, DType::Q4_0, DType::Q4_1, DType::Q8_0}) {
+    constexpr std::int64_t kRows = 70, kCols = 64;
+    const Packed w(dtype, kRows, kCols, 1);
+    std::vector<std::byte> packed(size(column_panels(w.view()).bytes()));
+    pack_column_panels(w.view(), packed.data());
+    const DeviceBuffer<std::byte> panels = on_device(packed, stream);
+    std::vector<std::uint16_t> identity(size(kCols * kCols));
+    for (std::size_t c = 0; c < size(kCols); ++c) {
+      identity[c * (size(kCols) + 1)] = kernels::f32_to_bf16(1);
+    }
+    const DeviceBuffer<std::uint16_t> in = on_device(identity, stream);
+    const DeviceMatrix out(kCols, kRows);
+    const DeviceBuffer<std::byte> workspace(gemm_workspace(0, kCols, kRows * kCols));
+    gemm(blas, {w.view(), panels.data(), {in.data(), kCols, kCols}, out.view()},
+         {workspace.data(), workspace.size()}, stream);
+    const auto y = out.host(stream);
+    std::vector<std::uint16_t> bits(size(kCols));
+    for (std::size_t r = 0; r < size(kRows); ++r) {
+      kernels::dequantize_row_bf16(dtype, w.view().row(static_cast<std::int64_t>(r)), bits);
+      for (std::size_t c = 0; c < size(kCols); ++c) {
+        ASSERT_EQ(y[c * size(kRows) + r], kernels::bf16_to_f32(bits[c])) << traits(dtype).name;
+      }
+    }
   }
 }
 
@@ -160,6 +238,16 @@ TEST_F(Gemm, NamesTheShapes) {
   wrong({w.view(), {x.view().data + 1, 2, 64}, nullptr, y.view()}, all);
   wrong({w.view(), x.view(), y.view().data, y.view()}, all);
   wrong({w.view(), x.view(), nullptr, y.view()}, all.first(2 * 64 * 2 + 63 * 2));
+  wrong({w.view(), x.view(), nullptr, y.view()}, all.first(2 * 64 * 2 - 2));
+  const auto* x_bits = reinterpret_cast<const std::uint16_t*>(x.view().data);
+  const Bf16Product good{w.view(), w.view().data, {x_bits, 2, 64}, y.view()};
+  Bf16Product misaligned = good, narrow = good, none = good;
+  misaligned.columns += 16;
+  narrow.x.cols = 32;
+  none.w.dtype = DType::Q6_K;
+  for (const Bf16Product& p : {misaligned, narrow, none}) {
+    EXPECT_THROW(gemm(blas, p, all, stream), ShapeError);
+  }
 }
 
 }  // namespace

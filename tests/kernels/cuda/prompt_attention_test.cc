@@ -116,16 +116,15 @@ TEST_F(PromptAttentionTest, NoTokens) { expect_attention({.slots = {}, .position
 
 TEST_F(PromptAttentionTest, NamesTheShapes) {
   const DeviceMatrix q(1, 128), k(1, 64);
-  const kernels::KvLayerView cache{nullptr, nullptr, 1, 8, 2, 32};
-  const auto expect_thrown = [&](Matrix in, const kernels::KvLayerView& of, int n_heads,
-                                 Matrix out) {
+  const PagedKv cache{nullptr, 1, 0, 0, 2, 32};
+  const auto expect_thrown = [&](Matrix in, const PagedKv& of, int n_heads, Matrix out) {
     EXPECT_THROW(prompt_attention(in, {}, of, {n_heads, 1, 0, 8}, out, stream), ShapeError);
   };
   expect_thrown(q.view(), cache, 3, q.view());
   expect_thrown(k.view(), cache, 4, q.view());
   expect_thrown(q.view(), cache, 4, k.view());
   expect_thrown({q.view().data + 1, 1, 128}, cache, 4, q.view());
-  expect_thrown(q.view(), {nullptr, nullptr, 1, 8, 2, 2}, 64, q.view());
+  expect_thrown(q.view(), {nullptr, 1, 0, 0, 2, 2}, 64, q.view());
 }
 
 }  // namespace

@@ -10,6 +10,10 @@ namespace {
 
 class Sample : public OnDevice {
  protected:
+  static constexpr std::int64_t kMaxRows = 40;
+  Sample() : workspace(sample_workspace(kMaxRows)) {
+    zero_bytes(workspace.data(), workspace.size(), stream);
+  }
   // n tokens from the same logits, with random numbers one after the other.
   void expect_the_samplers(const std::vector<float>& logits, const engine::SamplingOptions& options,
                            int n = 12) {
@@ -24,11 +28,14 @@ class Sample : public OnDevice {
     const auto device_logits = on_device(logits, stream);
     const auto device_draws = on_device(draws, stream);
     const DeviceBuffer<std::int32_t> ids(draws.size());
-    sample({device_logits.data(), n, cols, 0}, device_draws.data(), ids.data(), stream);
+    sample({device_logits.data(), n, cols, 0}, device_draws.data(), ids.data(), workspace.data(),
+           stream);
     EXPECT_EQ(on_host(ids, stream), expected)
         << cols << " logits, temperature " << options.temperature << ", top_k " << options.top_k
         << ", top_p " << options.top_p << ", min_p " << options.min_p;
   }
+
+  DeviceBuffer<std::byte> workspace;  // one for all calls of a test
 };
 
 engine::SamplingOptions options(float temperature, int top_k, float top_p, float min_p) {
@@ -105,6 +112,17 @@ TEST_F(Sample, NanAndInfinities) {
   expect_the_samplers({-1000, 0, -2000, 1000}, options(1, 3, 1, 0));
 }
 
+TEST_F(Sample, NanBetweenManyNumbers) {
+  std::vector<float> logits = normal_values(3000, 15, 2);
+  for (std::size_t i = 0; i < logits.size(); i += 3) logits[i] = kNan;
+  logits[256] = 9;  // of a thread that begins with NaN
+  expect_the_samplers(logits, options(0, 0, 1, 0), 1);
+  for (const int k : {0, 40, 1999, 2000, 2001, 2999}) {  // 2000 numbers
+    expect_the_samplers(logits, options(2, k, 1, 0), 3);
+    expect_the_samplers(logits, options(2, k, 0.9F, 0), 3);
+  }
+}
+
 TEST_F(Sample, RowsOfTheirOwn) {
   const std::vector<engine::SamplingOptions> each = {
       options(0, 0, 1, 0), options(1, 40, 0.95F, 0.05F), options(0.7F, 0, 0.9F, 0),
@@ -126,14 +144,75 @@ TEST_F(Sample, RowsOfTheirOwn) {
   const DeviceMatrix in(with_nan, n + 1, cols, stream);
   const auto device_draws = on_device(draws, stream);
   const DeviceBuffer<std::int32_t> ids(draws.size());
-  sample(in.view(), device_draws.data(), ids.data(), stream);
+  sample(in.view(), device_draws.data(), ids.data(), workspace.data(), stream);
   EXPECT_EQ(on_host(ids, stream), expected);
 }
 
+// Blocks of a row take 2048 logits each, where the device holds so many: few rows at once here.
+TEST_F(Sample, RowsOfSeveralParts) {
+  for (const std::size_t n : {2047, 2048, 2049, 4097, 12001}) {
+    const auto logits = normal_values(n, static_cast<unsigned>(n), 3);
+    expect_the_samplers(logits, options(0, 0, 1, 0), 1);
+    for (const int rows : {1, 3}) {
+      expect_the_samplers(logits, options(0.8F, 40, 0.95F, 0.05F), rows);
+      expect_the_samplers(logits, options(1.5F, 0, 0.9F, 0), rows);
+      expect_the_samplers(logits, options(1, 0, 1, 0), rows);
+    }
+  }
+}
+
+// More rows than blocks at once, and every way of drawing beside every other.
+TEST_F(Sample, MoreRowsThanBlocks) {
+  const std::vector<engine::SamplingOptions> each = {
+      options(0, 0, 1, 0), options(1, 40, 0.95F, 0.05F), options(0.7F, 0, 0.9F, 0),
+      options(1, 0, 1, 0), options(1, 300, 1, 0)};
+  const std::int64_t cols = 4500;
+  const auto logits = normal_values(size(kMaxRows * cols), 12, 2);
+  std::vector<kernels::Draw> draws;
+  std::vector<std::int32_t> expected;
+  for (std::size_t i = 0; i < size(kMaxRows); ++i) {
+    auto own = each[i % each.size()];
+    own.seed = i;
+    draws.push_back(engine::Sampler(own).draw());
+    expected.push_back(
+        engine::Sampler(own).sample(std::span(logits).subspan(i * size(cols), size(cols)), {}));
+  }
+  const DeviceMatrix in(logits, kMaxRows, cols, stream);
+  const auto device_draws = on_device(draws, stream);
+  const DeviceBuffer<std::int32_t> ids(draws.size());
+  for (int times = 0; times < 2; ++times) {
+    sample(in.view(), device_draws.data(), ids.data(), workspace.data(), stream);
+    EXPECT_EQ(on_host(ids, stream), expected);
+  }
+}
+
+// Candidates beyond the 4096 that are listed: one block goes over the row.
+TEST_F(Sample, ListsThatAreTooShort) {
+  for (const std::size_t n : {4096, 4097, 6000}) {
+    expect_the_samplers(std::vector<float>(n, 1.5F), options(1, 40, 1, 0), 3);
+    expect_the_samplers(std::vector<float>(n, 1.5F), options(1, 0, 0.5F, 0), 3);
+  }
+  const auto flat = normal_values(6000, 13, 0.01F);
+  expect_the_samplers(flat, options(1, 5000, 1, 0), 3);
+  expect_the_samplers(flat, options(1, 0, 0.9F, 0), 3);
+  expect_the_samplers(flat, options(1, 4500, 0.9F, 0.5F), 3);
+}
+
+// Logits so far apart that cuts fall in the last step.
+TEST_F(Sample, CutsFarBelowTheLargest) {
+  std::vector<float> logits = normal_values(3000, 14, 5);
+  logits[1234] = 100;
+  for (const int k : {1, 2, 40, 2999}) expect_the_samplers(logits, options(30, k, 1, 0), 6);
+  expect_the_samplers(logits, options(30, 0, 0.9999F, 0), 6);
+  logits[7] = kInf;
+  expect_the_samplers(logits, options(30, 40, 1, 0), 3);
+}
+
 TEST_F(Sample, EmptyBatchesAndSizes) {
-  sample({nullptr, 0, 10, 10}, nullptr, nullptr, stream);
-  EXPECT_THROW(sample({nullptr, 1, 0, 0}, nullptr, nullptr, stream), ShapeError);
-  EXPECT_THROW(sample({nullptr, 1, (1 << 18) + 1, 0}, nullptr, nullptr, stream), ShapeError);
+  sample({nullptr, 0, 10, 10}, nullptr, nullptr, nullptr, stream);
+  EXPECT_THROW(sample({nullptr, 1, 0, 0}, nullptr, nullptr, nullptr, stream), ShapeError);
+  EXPECT_THROW(sample({nullptr, 1, (1 << 18) + 1, 0}, nullptr, nullptr, nullptr, stream),
+               ShapeError);
 }
 
 }  // namespace

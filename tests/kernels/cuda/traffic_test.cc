@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/prompt_attention.h"
+#include "kernels/cuda/sample.h"
 #include "kernels/cuda/secret_moe.h"
 #include "tests/kernels/cuda/attention_case.h"
 #include "tests/kernels/cuda/device_layer.h"
@@ -81,6 +82,28 @@ class TrafficPromptAttention : public Traffic {
 TEST_F(TrafficPromptAttention, SmolLM2) { run(9, 3, 64); }
 TEST_F(TrafficPromptAttention, Gemma) { run(4, 1, 256); }
 
+// One row of logits, read once; blocks tell each other little.
+class TrafficSample : public Traffic {
+ protected:
+  void run(std::int64_t vocab_size, const kernels::Draw& draw) {
+    const DeviceMatrix logits(normal_values(size(vocab_size), 1, 3), 1, vocab_size, stream);
+    const auto draws = on_device(std::vector<kernels::Draw>{draw}, stream);
+    const DeviceBuffer<std::int32_t> ids(1);
+    const DeviceBuffer<std::byte> workspace(sample_workspace(1));
+    zero_bytes(workspace.data(), workspace.size(), stream);
+    sample(logits.view(), draws.data(), ids.data(), workspace.data(), stream);
+    state_minimum("sample_kernel", 4 * vocab_size + 24 + 4);
+  }
+  static constexpr kernels::Draw kTopK{0.8F, 40, 0.95F, 0.05F, 0.3}, kAll{0.8F, 0, 1, 0, 0.3};
+};
+
+TEST_F(TrafficSample, Greedy) { run(49152, {}); }
+// Counted, not checked: few stores (counts, candidates) and the search of a part's runs do not fill
+// the sectors that they touch.
+TEST_F(TrafficSample, TopK) { run(49152, kTopK); }
+TEST_F(TrafficSample, Whole) { run(49152, kAll); }
+TEST_F(TrafficSample, GemmaTopK) { run(262144, kTopK); }
+
 // Bytes of the sectors that [begin, end) touches.
 std::int64_t sector_bytes(std::int64_t begin, std::int64_t end) {
   return ((end + 31) / 32 - begin / 32) * 32;
@@ -153,6 +176,37 @@ class TrafficSelfRouted : public Traffic {
 
 TEST_F(TrafficSelfRouted, ByGate) { run(false); }
 TEST_F(TrafficSelfRouted, ByInput) { run(true); }
+
+// Beside cuBLAS: each matrix unpacked once, x read once and rounded, gate and up sums to h.
+class TrafficSelfRoutedBatch : public Traffic {
+ protected:
+  void run(DType dtype, bool up_by_input) {
+    constexpr std::int64_t kModel = 576, kFf = 1536, kTokens = 80;
+    const kernels::SelfRoutedLayer host({.gate = dtype,
+                                         .up = dtype,
+                                         .down = dtype,
+                                         .d_model = kModel,
+                                         .d_ff = kFf,
+                                         .up_by_input = up_by_input,
+                                         .packed = false});
+    const DeviceSelfRouted layer(host.view, stream);
+    const DeviceBuffer<std::byte> workspace(self_routed_batch_workspace(layer.view, kTokens));
+    const DeviceMatrix x(normal_values(size(kTokens * kModel), 10), kTokens, kModel, stream),
+        y(kTokens, kModel);
+    Blas blas(stream);
+    self_routed_batch(blas, layer.view, x.view(), y.view(), workspace.data(), stream);
+    const std::int64_t weights = 3 * host.view.w_gate.bytes() + 3 * 2 * kModel * kFf;
+    const std::int64_t inputs = kTokens * kModel * (4 + (up_by_input ? 2 : 4)) + 4 * kModel;
+    const std::int64_t hidden = kTokens * kFf * (8 + 2) + 4 * kFf * (up_by_input ? 1 : 2);
+    state_minimum("hidden_kernel", weights + inputs + hidden);
+  }
+};
+
+TEST_F(TrafficSelfRoutedBatch, Q4_1ByGate) { run(DType::Q4_1, false); }
+TEST_F(TrafficSelfRoutedBatch, Q4_0ByInput) { run(DType::Q4_0, true); }
+TEST_F(TrafficSelfRoutedBatch, Q8_0ByInput) { run(DType::Q8_0, true); }
+TEST_F(TrafficSelfRoutedBatch, BF16ByInput) { run(DType::BF16, true); }
+TEST_F(TrafficSelfRoutedBatch, F32ByGate) { run(DType::F32, false); }
 
 }  // namespace
 }  // namespace moesaic::cuda

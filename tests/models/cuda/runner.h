@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -24,7 +25,7 @@ struct Runner {
            const std::vector<std::int32_t>& positions, const std::vector<std::int32_t>& outputs) {
     std::vector<float> logits(outputs.size() * TinyModel::kVocab);
     decoder.forward(
-        {tokens, slots, positions, outputs}, cache,
+        {tokens, slots, positions, outputs}, *cache,
         Matrix(logits.data(), static_cast<std::int64_t>(outputs.size()), TinyModel::kVocab));
     Rows rows;
     for (auto at = logits.begin(); at != logits.end(); at += TinyModel::kVocab) {
@@ -52,7 +53,7 @@ struct Runner {
   }
 
   engine::Decoder& decoder;
-  engine::KvCache cache;
+  std::unique_ptr<engine::KvCache> cache;
 };
 
 /// Largest difference over the root mean square of the expected logits.

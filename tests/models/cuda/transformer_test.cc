@@ -208,17 +208,17 @@ TEST_F(CudaDecoder, DrawsAndLogitsTakeTurns) {
     const kernels::Draw greedy;
     const std::int32_t slot = 0, output = 0;
     std::int32_t id = -1;
-    gpu.forward_and_draw({{&ids[i], 1}, {&slot, 1}, {&t, 1}, {&output, 1}}, runner.cache,
+    gpu.forward_and_draw({{&ids[i], 1}, {&slot, 1}, {&t, 1}, {&output, 1}}, *runner.cache,
                          {&greedy, 1}, {&id, 1});
     EXPECT_EQ(id, best);
     EXPECT_LT(relative_error(runner.run({ids[i]}, {0}, {t}, {0}), {expected[i]}), kTolerance);
   }
   const std::vector<std::int32_t> none;
-  gpu.forward_and_draw({none, none, none, none}, runner.cache, {}, {});
+  gpu.forward_and_draw({none, none, none, none}, *runner.cache, {}, {});
   const kernels::Draw draws[2];
   std::int32_t id = 0;
   const std::vector<std::int32_t> zero = {0};
-  EXPECT_THROW(gpu.forward_and_draw({zero, zero, zero, zero}, runner.cache, draws, {&id, 1}),
+  EXPECT_THROW(gpu.forward_and_draw({zero, zero, zero, zero}, *runner.cache, draws, {&id, 1}),
                ShapeError);
 }
 
@@ -269,6 +269,30 @@ TEST_F(CudaDecoder, PositionsCrossTheFirstGraphsReach) {
   }
 }
 
+// Their pages lie between each other's.
+TEST_F(CudaDecoder, SequencesThatGrowInTurn) {
+  const TinyModel tiny({.n_layers = 2});
+  CudaTransformer gpu(tiny.load(), 0);
+  const auto a = random_ids(140, 7), b = random_ids(140, 8);
+  const auto expected_a = tiny.reference.logits(a), expected_b = tiny.reference.logits(b);
+  Runner runner(gpu, 2, 140);
+  for (std::int32_t begin = 0; begin < 140; begin += 35) {
+    for (std::int32_t slot = 0; slot < 2; ++slot) {
+      const auto& expected = slot == 0 ? expected_a : expected_b;
+      std::vector<std::int32_t> tokens, slots(35, slot), positions, outputs;
+      for (std::int32_t t = 0; t < 35; ++t) {
+        tokens.push_back((slot == 0 ? a : b)[static_cast<std::size_t>(begin + t)]);
+        positions.push_back(begin + t);
+        outputs.push_back(t);
+      }
+      const Rows rows = runner.run(tokens, slots, positions, outputs);
+      EXPECT_LT(relative_error(rows, {expected.begin() + begin, expected.begin() + begin + 35}),
+                kTolerance)
+          << "slot " << slot << " from " << begin;
+    }
+  }
+}
+
 TEST_F(CudaDecoder, BadBatchesAreRefused) {
   const TinyModel tiny({});
   CudaTransformer gpu(tiny.load(), 0);
@@ -279,7 +303,7 @@ TEST_F(CudaDecoder, BadBatchesAreRefused) {
   EXPECT_THROW(runner.run({1}, {2}, {0}, {0}), ShapeError);   // slot
   EXPECT_THROW(runner.run({1}, {0}, {0}, {1}), ShapeError);   // output row
   const engine::DecoderShape shape = gpu.shape();
-  engine::KvCache on_host(shape.n_layers, 2, 8, shape.n_kv_heads, shape.head_dim);
+  engine::HostKvCache on_host(shape.n_layers, 2, 8, shape.n_kv_heads, shape.head_dim);
   std::vector<float> logits(TinyModel::kVocab);
   const std::vector<std::int32_t> one = {0};
   EXPECT_THROW(
@@ -311,7 +335,7 @@ class CudaSteps : public cuda::OnDevice {
     std::int32_t id = 0;
     for (std::int32_t t = 0; t < n_tokens; ++t) {
       const std::int32_t position = t, slot = 0, output = 0, token = id;
-      gpu.forward_and_draw({{&token, 1}, {&slot, 1}, {&position, 1}, {&output, 1}}, runner.cache,
+      gpu.forward_and_draw({{&token, 1}, {&slot, 1}, {&position, 1}, {&output, 1}}, *runner.cache,
                            {&draw, 1}, {&id, 1});
     }
   }
