@@ -185,14 +185,18 @@ std::int32_t draw(std::span<const float> logits, double u) {
 /// data.
 constexpr std::int64_t kTextLength = 256;
 
+constexpr std::int64_t kTextsOnHost = 128;
+// A decoder on a device takes more rows than these for a prompt.
+constexpr std::int64_t kTextsOnDevice = 64;
+
 /// How many texts are drawn at a time, so that each weight that is read and unpacked serves many
 /// tokens, as long as their cache stays within 1.5 GiB.
-std::int64_t parallel_texts(const engine::DecoderShape& shape, std::int64_t capacity) {
-  constexpr std::int64_t kMost = 128;
+std::int64_t parallel_texts(const engine::DecoderShape& shape, std::int64_t capacity,
+                            std::int64_t most) {
   constexpr std::int64_t kCacheBytes = std::int64_t{3} << 29;
   const std::int64_t bytes =
       2 * shape.n_layers * capacity * shape.n_kv_heads * shape.head_dim * std::int64_t{4};
-  return std::clamp<std::int64_t>(kCacheBytes / bytes, 1, kMost);
+  return std::clamp<std::int64_t>(kCacheBytes / bytes, 1, most);
 }
 
 /// How n_texts are cut into groups that are drawn side by side.
@@ -200,8 +204,9 @@ struct Groups {
   std::int64_t n;
   std::int64_t largest;
 
-  Groups(const engine::DecoderShape& shape, std::int64_t capacity, std::int64_t n_texts) {
-    const std::int64_t most = parallel_texts(shape, capacity);
+  Groups(const engine::DecoderShape& shape, std::int64_t capacity, std::int64_t n_texts,
+         std::int64_t at_once) {
+    const std::int64_t most = parallel_texts(shape, capacity, at_once);
     n = (n_texts + most - 1) / most;
     largest = (n_texts + n - 1) / n;
   }
@@ -213,7 +218,8 @@ std::int64_t sampling_bytes(const engine::DecoderShape& shape, std::int64_t n_ct
                             std::int64_t n_tokens) {
   const std::int64_t capacity = std::min(kTextLength, n_ctx);
   const std::int64_t n_windows = std::max<std::int64_t>(2, n_tokens / n_ctx);
-  const Groups groups(shape, capacity, n_windows * ((n_ctx + capacity - 1) / capacity));
+  const Groups groups(shape, capacity, n_windows * ((n_ctx + capacity - 1) / capacity),
+                      kTextsOnHost);
   const std::int64_t cache = 2 * shape.n_layers * capacity * shape.n_kv_heads * shape.head_dim;
   return groups.largest * (cache + shape.vocab_size) * static_cast<std::int64_t>(sizeof(float));
 }
@@ -284,7 +290,8 @@ Calibration sample_calibration(models::Transformer& model, const models::Tokeniz
   }
   const auto n_texts = static_cast<std::int64_t>(texts.size());
   const std::int64_t capacity = std::min(kTextLength, n_ctx);
-  const Groups groups(shape, capacity, n_texts);
+  const Groups groups(shape, capacity, n_texts,
+                      on_device != nullptr ? kTextsOnDevice : kTextsOnHost);
 
   engine::Decoder& decoder = on_device != nullptr ? *on_device : model;
   const auto cache = decoder.make_cache(groups.largest, capacity);

@@ -149,14 +149,14 @@ void CudaLayer::fetch(Student& student) {
 
 class CudaDistillation : public DeviceDistillation {
  public:
-  explicit CudaDistillation(int device) : device_(use(device)) {}
+  explicit CudaDistillation(int device) : device_(device) {}
 
   void distill(Context& ctx, Student& student, const LayerSample& sample,
                const DistillOptions& options, engine::Monitor& monitor) override {
     const std::int64_t steps = distill_steps(options, sample.n_fit);
     if (steps == 0) return;
     monitor.check();
-    cuda::use_device(device_);
+    cuda::use_device(device_.index);
     CudaLayer layer(student, sample, loss_scales(ctx, student, sample), options, blas_, stream_);
     for (std::int64_t step = 0; step < steps;) {
       monitor.check();  // nothing is under way now
@@ -170,12 +170,7 @@ class CudaDistillation : public DeviceDistillation {
   }
 
  private:
-  static int use(int device) {
-    cuda::use_device(device);
-    return device;
-  }
-
-  int device_;  // first: what follows is made on it
+  cuda::MadeOn device_;
   cuda::Stream stream_;
   cuda::Blas blas_{stream_};
 };

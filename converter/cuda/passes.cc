@@ -24,15 +24,10 @@ const models::Checkpoint& dense(const models::Checkpoint& checkpoint) {
   return checkpoint;
 }
 
-int use(int device) {
-  cuda::use_device(device);
-  return device;
-}
-
 // What streams of one model share on the device.
 struct Device {
   Device(const models::Checkpoint& checkpoint, std::int64_t n_ctx, std::int64_t rows, int gpu)
-      : index(use(gpu)),
+      : made_on(gpu),
         scratch(checkpoint, std::max<std::int64_t>(1, rows / n_ctx) * n_ctx, n_ctx,
                 CudaWork::Forward),
         decoder(dense(checkpoint), {.finite = false}, scratch, blas, queue) {
@@ -45,7 +40,7 @@ struct Device {
     });
   }
 
-  int index;  // first: what follows is made on it
+  cuda::MadeOn made_on;
   cuda::Stream queue;
   cuda::Blas blas{queue};
   CudaScratch scratch;
@@ -83,11 +78,18 @@ class CudaStream : public Stream {
     }
   }
   void copy_in(ConstMatrix host, Matrix to) const {
+    check_rows(host);
     cuda::copy_bytes_in(reinterpret_cast<std::byte*>(to.data), host.data, bytes_of(host), d_.queue);
   }
   void copy_out(ConstMatrix from, Matrix host) const {
+    check_rows(host);
     cuda::copy_bytes_out(host.data, reinterpret_cast<const std::byte*>(from.data), bytes_of(from),
                          d_.queue);
+  }
+  static void check_rows(ConstMatrix host) {
+    require<ShapeError>(host.stride == host.cols,
+                        "calibration: rows of {}, {} apart, expected no gaps", host.cols,
+                        host.stride);
   }
   static std::size_t bytes_of(ConstMatrix m) {
     return static_cast<std::size_t>(m.rows * m.cols) * sizeof(float);
@@ -235,6 +237,9 @@ void CudaStream::read(std::int64_t first, Matrix rows) {
 }
 
 void CudaStream::assign(const Stream& other) {
+  require<ShapeError>(other.n_tokens() == n_tokens_,
+                      "calibration: a stream of {} tokens for one of {}", other.n_tokens(),
+                      n_tokens_);
   cuda::copy(on_device(other).r_.data(), n_tokens_ * d_model_, r_.data(), d_.queue);
 }
 

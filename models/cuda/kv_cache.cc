@@ -38,32 +38,51 @@ void CudaKvCache::release(std::int64_t slot) {
   while (held > 0) free_.push_back(std::exchange(*entry(slot, --held), nullptr));
 }
 
+std::int64_t CudaKvCache::page_bytes() const {
+  return std::int64_t{2} * n_layers() * cuda::kKvPage * row_ *
+         static_cast<std::int64_t>(sizeof(float));
+}
+
 void CudaKvCache::allocate() {
-  const std::int64_t page = std::int64_t{2} * n_layers() * cuda::kKvPage * row_;
-  const auto page_bytes = page * static_cast<std::int64_t>(sizeof(float));
-  const std::int64_t all = n_slots() * pages_per_slot_ - bytes() / page_bytes;
-  const std::int64_t n = std::clamp<std::int64_t>(kChunkBytes / page_bytes, 1, all);
+  const std::int64_t have = bytes() / page_bytes(), all = n_slots() * pages_per_slot_ - have;
+  const std::int64_t n = std::clamp<std::int64_t>(kChunkBytes / page_bytes(), 1, all);
   try {
-    chunks_.emplace_back(static_cast<std::size_t>(n * page));
+    chunks_.emplace_back(static_cast<std::size_t>(n * page_bytes()));
   } catch (const DeviceError& e) {
     throw DeviceError(fmt::format("KV cache of {} positions in {} bytes, for more: {}",
-                                  bytes() / page_bytes * cuda::kKvPage, bytes(), e.what()));
+                                  have * cuda::kKvPage, bytes(), e.what()));
   }
-  for (std::int64_t i = n; i-- > 0;) free_.push_back(chunks_.back().data() + i * page);
+  std::vector<float*> pages;
+  for (std::int64_t i = 0; i < n; ++i) {
+    pages.push_back(
+        chunks_.back().take<float>(static_cast<std::size_t>(page_bytes()) / sizeof(float)).data());
+  }
+  free_.insert(free_.end(), pages.rbegin(), pages.rend());  // the first is the next taken
 }
 
 void CudaKvCache::reach(const engine::Batch& batch, const cuda::Stream& stream) {
+  std::vector<std::int64_t> wanted = held_;
   for (std::size_t t = 0; t < batch.tokens.size(); ++t) {
-    if (batch.positions[t] == 0) release(batch.slots[t]);
+    if (batch.positions[t] != 0) continue;
+    release(batch.slots[t]);
+    wanted[static_cast<std::size_t>(batch.slots[t])] = 0;
   }
+  std::int64_t missing = 0;
+  for (std::size_t t = 0; t < batch.tokens.size(); ++t) {
+    std::int64_t& pages = wanted[static_cast<std::size_t>(batch.slots[t])];
+    const std::int64_t more = pages_for(std::int64_t{batch.positions[t]} + 1) - pages;
+    if (more <= 0) continue;
+    pages += more;
+    missing += more;
+  }
+  while (std::ssize(free_) < missing) allocate();  // before any is given to a sequence
   // Entries of the table that change: [first, last).
   float** first = host_table_.span().data() + host_table_.span().size();
   float** last = host_table_.span().data();
-  for (std::size_t t = 0; t < batch.tokens.size(); ++t) {
-    std::int64_t& held = held_[static_cast<std::size_t>(batch.slots[t])];
-    while (held < pages_for(std::int64_t{batch.positions[t]} + 1)) {
-      if (free_.empty()) allocate();
-      float** to = entry(batch.slots[t], held++);
+  for (std::int64_t slot = 0; missing > 0 && slot < n_slots(); ++slot) {
+    std::int64_t& held = held_[static_cast<std::size_t>(slot)];
+    for (; held < wanted[static_cast<std::size_t>(slot)]; ++held, --missing) {
+      float** to = entry(slot, held);
       *to = free_.back();
       free_.pop_back();
       first = std::min(first, to);
@@ -85,9 +104,7 @@ cuda::PagedKv CudaKvCache::layer(int layer) const {
 
 std::int64_t CudaKvCache::bytes() const {
   std::int64_t sum = 0;
-  for (const auto& chunk : chunks_) {
-    sum += static_cast<std::int64_t>(chunk.size() * sizeof(float));
-  }
+  for (const cuda::Arena& chunk : chunks_) sum += static_cast<std::int64_t>(chunk.size());
   return sum;
 }
 

@@ -5,6 +5,7 @@
 
 #include "engine/decoder.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/base/arena.h"
 #include "kernels/cuda/base/device_buffer.h"
 #include "kernels/cuda/base/pinned_buffer.h"
 #include "kernels/cuda/base/stream.h"
@@ -34,11 +35,12 @@ class CudaKvCache final : public engine::KvCache {
   float** entry(std::int64_t slot, std::int64_t page) const;
   void release(std::int64_t slot);
   void allocate();
+  std::int64_t page_bytes() const;
 
   std::int64_t row_, pages_per_slot_;
   std::vector<std::int64_t> held_;  // [n_slots] pages of each
   std::vector<float*> free_;
-  std::vector<cuda::DeviceBuffer<float>> chunks_;
+  std::vector<cuda::Arena> chunks_;
   cuda::PinnedBuffer<float*> host_table_;  // [n_slots, pages_per_slot]
   cuda::DeviceBuffer<float*> table_;
 };

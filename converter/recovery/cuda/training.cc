@@ -47,13 +47,9 @@ class CudaTraining : public DeviceTraining {
   void keep_texts(std::span<const std::int64_t> windows);
   void queue_update(std::span<const AdamTensor::Step> steps);
   double finish(std::int64_t rows);
-  static int use(int device) {
-    cuda::use_device(device);
-    return device;
-  }
 
   TrainingParts parts_;
-  int device_;  // first: what follows is made on it
+  cuda::MadeOn device_;
   cuda::Stream stream_;
   cuda::Blas blas_{stream_};
   std::int64_t d_model_;
@@ -77,7 +73,7 @@ class CudaTraining : public DeviceTraining {
 
 CudaTraining::CudaTraining(const TrainingParts& parts, int device)
     : parts_(parts),
-      device_(use(device)),
+      device_(device),
       d_model_(parts.hybrid->config.d_model),
       scratch_(*parts.hybrid, parts.part, parts.n_ctx, CudaWork::Training),
       teacher_(*parts.dense, nullptr, false, scratch_, blas_, stream_),

@@ -7,9 +7,9 @@
 
 namespace moesaic::cuda {
 
-/// One device allocation from which all else is taken, once, before the first token: weights, KV
-/// cache, activations, workspaces. Nothing is given back before the arena itself, so that no step
-/// allocates and every address in a captured graph stays good.
+/// One device allocation of which parts are taken: a model's weights, the buffers of its passes, a
+/// few pages of a cache. Nothing is given back before the arena itself, so that no step allocates
+/// and every address in a captured graph stays good.
 class Arena {
  public:
   /// Throws DeviceError if the device has not that much.

@@ -13,15 +13,14 @@ namespace moesaic::cuda {
 namespace {
 
 // `least`, reasoned and not measured: a host of sixteen cores does some 10¹² operations a second in
-// float32, and 10 GB/s go through its memory and PCIe to the device and back, so that 100 operations
-// take as long as a byte's way. At SmolLM2-135M's sizes 2,048 rows by the up matrix are above it
-// (576 by 1,536: 174 in float32), by a router of rank 64 below (28). What is above it has 4 · 10⁸
-// operations at least, beside which some 50 µs until the device answers do not count.
+// float32, and 10 GB/s go through its memory and PCIe to the device and back, so that 100
+// operations take as long as a byte's way. At SmolLM2-135M's sizes 2,048 rows by the up matrix are
+// above it (576 by 1,536: 174 in float32), by a router of rank 64 below (28). What is above it has
+// 4 · 10⁸ operations at least, beside which some 50 µs until the device answers do not count.
 
 class CudaProducts : public kernels::Products {
  public:
-  CudaProducts(int device, const ProductsOptions& options)
-      : device_(use(device)), options_(options) {}
+  CudaProducts(int device, const ProductsOptions& options) : device_(device), options_(options) {}
 
   bool takes(std::int64_t m, std::int64_t n, std::int64_t k,
              std::int64_t operand_bytes) const override {
@@ -51,28 +50,16 @@ class CudaProducts : public kernels::Products {
     DeviceBuffer<float> device;
   };
 
-  static int use(int device) {
-    use_device(device);
-    return device;
-  }
-
   template <class T>
   void run(Context& ctx, bool trans_a, bool trans_b, float alpha, MatrixView<const T> a,
            MatrixView<const T> b, float beta, Matrix c);
   template <class T>
   MatrixView<const T> put(Context& ctx, MatrixView<const T> m, Range rows, Range cols,
                           const Piece& piece);
-  void multiply_pieces(bool trans_a, bool trans_b, ConstMatrix a, ConstMatrix b, bool accumulate,
-                       Matrix c) {
-    blas_.multiply_batch(1, trans_a, trans_b, 1, {a}, {b}, accumulate, {c});
-  }
-  void multiply_pieces(bool trans_a, bool trans_b, Bf16Matrix a, Bf16Matrix b, bool accumulate,
-                       Matrix c) {
-    blas_.multiply(trans_a, trans_b, a, b, accumulate, c);
-  }
 
-  int device_;  // first: what follows is made on it
+  MadeOn device_;
   ProductsOptions options_;
+  bool idle_ = true;  // nothing is queued that reads the pieces
   Stream stream_;
   Blas blas_{stream_};
   Piece a_{options_.block}, b_{options_.block}, c_{options_.block};
@@ -108,17 +95,19 @@ void CudaProducts::run(Context& ctx, bool trans_a, bool trans_b, float alpha, Ma
       const Matrix sum(c_.device.data(), rows.size(), cols.size());
       for (std::int64_t l = 0; l < k; l += block) {
         const Range inner = piece(l, k, block);
-        // The last piece's copies read the same memory.
-        if (l > 0) stream_.synchronize();
+        // The last piece's copies, or those of a call that threw, read the same memory.
+        if (l > 0 || !idle_) stream_.synchronize();
+        idle_ = false;
         const auto pa = put(ctx, a, trans_a ? inner : rows, trans_a ? rows : inner, a_);
         const auto pb = put(ctx, b, trans_b ? cols : inner, trans_b ? inner : cols, b_);
-        multiply_pieces(trans_a, trans_b, pa, pb, l > 0, sum);
+        blas_.multiply(trans_a, trans_b, pa, pb, l > 0, sum);
       }
       const std::span<float> found =
           c_.host.span().first(static_cast<std::size_t>(rows.size() * cols.size()));
       copy_bytes_out(found.data(), reinterpret_cast<const std::byte*>(sum.data), found.size_bytes(),
                      stream_);
       stream_.synchronize();
+      idle_ = true;
       ctx.pool.run([&](int thread) {
         const Range own = split(rows.size(), ctx.pool.n_threads(), thread);
         for (std::int64_t r = own.begin; r < own.end; ++r) {

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 
 #include "tests/cudasim/exec/memory_access.h"
 #include "tests/cudasim/exec/race.h"
@@ -184,7 +185,10 @@ void check_race(const Access& now, const std::byte* value, u32 flags) {
       return other_tag >= first_tag && (bytes_of(entry) & mine) != 0 &&
              !(now.atomic && (entry & kAtomicBit) != 0) && !ordered(w, thread, other_tag, entry);
     };
-    const u32 writer = words.writer[k], writer_tag = words.writer_tag[k];
+    // Another block's atomic may change both at this moment, on another host thread: whose tag it
+    // is here, that one's entry is there already.
+    const u32 writer_tag = std::atomic_ref(words.writer_tag[k]).load(std::memory_order_acquire);
+    const u32 writer = std::atomic_ref(words.writer[k]).load(std::memory_order_relaxed);
     if (writer_tag >= first_tag && (flags & kReadOnly) != 0 && (bytes_of(writer) & mine) != 0) {
       throw Fault{Finding::ReadOnlyWritten, now.lane,
                   fmt::format("ld.global.nc reads what this launch has written: {}",
@@ -203,8 +207,8 @@ void check_race(const Access& now, const std::byte* value, u32 flags) {
           report_race(now, words.reader_tag[r][k], words.reader[r][k], false, at);
         }
       }
-      words.writer_tag[k] = tag;
-      words.writer[k] = entry;
+      std::atomic_ref(words.writer[k]).store(entry, std::memory_order_relaxed);
+      std::atomic_ref(words.writer_tag[k]).store(tag, std::memory_order_release);
     } else if (tracked) {
       note_reader(words, k, tag, entry);
     }

@@ -92,8 +92,8 @@ TEST_F(CudaKvCacheTest, AllSlotsFillUp) {
 }
 
 TEST_F(CudaKvCacheTest, SaysWhatItHoldsWhereNoPageFits) {
-  // A page of 32 GiB, twice what the stand-in has.
-  const engine::DecoderShape huge{.n_layers = 1024, .n_kv_heads = 256, .head_dim = 256};
+  // 4 TiB a page: more than any device has.
+  const engine::DecoderShape huge{.n_layers = 1 << 17, .n_kv_heads = 256, .head_dim = 256};
   CudaKvCache cache(huge, 2, 64);
   try {
     reach(cache, 0, 0, 1);
@@ -101,7 +101,7 @@ TEST_F(CudaKvCacheTest, SaysWhatItHoldsWhereNoPageFits) {
   } catch (const DeviceError& e) {
     const std::string text = e.what();
     EXPECT_NE(text.find("KV cache of 0 positions in 0 bytes"), std::string::npos) << text;
-    EXPECT_NE(text.find("34359738368 bytes of device memory"), std::string::npos) << text;
+    EXPECT_NE(text.find("4398046511104 bytes of device memory"), std::string::npos) << text;
   }
   EXPECT_EQ(cache.bytes(), 0);
 }
