@@ -155,7 +155,7 @@ std::vector<float> runtime_hidden(const std::shared_ptr<const models::Checkpoint
   std::vector<float> out;
   for (std::size_t first = 0; first < tokens.size(); first += kContext) {
     engine::HostKvCache cache(model.config().n_layers, 1, kContext, model.config().n_kv_heads,
-                          model.config().head_dim);
+                              model.config().head_dim);
     std::vector<std::int32_t> slots(kContext), positions(kContext);
     for (std::size_t i = 0; i < positions.size(); ++i) {
       positions[i] = static_cast<std::int32_t>(i);
