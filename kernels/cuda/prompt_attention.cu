@@ -50,20 +50,24 @@ __device__ void store_four(__nv_bfloat16* rows, int row, int col, const float4& 
 // `count` on and columns from `dim` on are zero and not read.
 template <int kDim>
 struct Tile {
+  // A thread has the same four columns of rows that stand so far apart.
+  static constexpr int kApart = kThreads / (kDim / 4);
+  static_assert(kThreads % (kDim / 4) == 0);
   float4 v[kVectors];
 
-  __device__ static int row(int i) { return (threadIdx.x + i * kThreads) / (kDim / 4); }
-  __device__ static int col(int i) { return (threadIdx.x + i * kThreads) % (kDim / 4) * 4; }
+  __device__ static int row() { return threadIdx.x / (kDim / 4); }
+  __device__ static int col() { return threadIdx.x % (kDim / 4) * 4; }
   __device__ void fetch(const float* from, int step, int count, int dim) {
+    from += row() * step + col();
     for (int i = 0; i < kVectors; ++i) {
       v[i] = make_float4(0, 0, 0, 0);
-      if (row(i) < count && col(i) < dim) {
-        v[i] = *reinterpret_cast<const float4*>(from + row(i) * step + col(i));
+      if (row() + i * kApart < count && col() < dim) {
+        v[i] = *reinterpret_cast<const float4*>(from + i * kApart * step);
       }
     }
   }
   __device__ void store(__nv_bfloat16* rows) const {
-    for (int i = 0; i < kVectors; ++i) store_four<kDim>(rows, row(i), col(i), v[i]);
+    for (int i = 0; i < kVectors; ++i) store_four<kDim>(rows, row() + i * kApart, col(), v[i]);
   }
 };
 
@@ -127,16 +131,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     slots[i] = t < a.q.rows ? a.places.slots[t] : kNone;
     positions[i] = t < a.q.rows ? a.places.positions[t] : kNone;
   }
-  std::int32_t slot_of[2], position_of[2];  // of the lane's rows of the product
-  for (int r = 0; r < 2; ++r) {
-    const int from = warp % 2 * 16 + lane / 4 + 8 * r;
-    const std::int32_t slot[2] = {__shfl_sync(kAllLanes, slots[0], from),
-                                  __shfl_sync(kAllLanes, slots[1], from)};
-    const std::int32_t position[2] = {__shfl_sync(kAllLanes, positions[0], from),
-                                      __shfl_sync(kAllLanes, positions[1], from)};
-    slot_of[r] = warp < 2 ? slot[0] : slot[1];
-    position_of[r] = warp < 2 ? position[0] : position[1];
-  }
 
   Seen<kDim> seen;
   // The sequences of the block's tokens, by ascending slot.
@@ -155,16 +149,19 @@ __global__ void __launch_bounds__(kThreads, 2)
     next = warp_least(next);
     std::int32_t from[2], to[2];  // keys that the lane's rows see
     for (int r = 0; r < 2; ++r) {
-      const bool of_slot = slot_of[r] == slot;
-      from[r] = of_slot ? a.first_key(position_of[r]) : kNone;
-      to[r] = of_slot ? position_of[r] : -1;
+      const int token = warp % 2 * 16 + lane / 4 + 8 * r;
+      const std::int32_t token_slot = __shfl_sync(kAllLanes, warp < 2 ? slots[0] : slots[1], token);
+      const std::int32_t position =
+          __shfl_sync(kAllLanes, warp < 2 ? positions[0] : positions[1], token);
+      from[r] = token_slot == slot ? a.first_key(position) : kNone;
+      to[r] = token_slot == slot ? position : -1;
     }
     const std::int32_t warp_from = warp_least(min(from[0], from[1]));
     const std::int32_t warp_to = warp_most(max(to[0], to[1]));
 
     const auto at = [&](std::int32_t key) {
-      return a.cache.pages[slot * a.cache.pages_per_slot + key / kKvPage] + key % kKvPage * step +
-             kv_head * dim;
+      const std::int64_t page = slot * a.cache.pages_per_slot + key / kKvPage;
+      return a.cache.pages[page] + (key % kKvPage * step + kv_head * dim);
     };
     Tile<kDim> tile;
     tile.fetch(at(begin) + a.cache.keys, step, last + 1 - begin, dim);
