@@ -193,10 +193,12 @@ void costs(const BenchOptions& options) {
   Runtime runtime(run);
   Model model(options.model, runtime.context);
   auto layers = packed_layers(runtime.context, *model.checkpoint);
-  require<InputError>(!layers.empty(),
-                      "{}: no secret-MoE layer with packed weights, expected a hybrid with experts "
-                      "in BF16, Q8_0, Q4_0 or Q4_1 and --activations q16 on a machine with AVX-512",
-                      options.model);
+  require<InputError>(
+      !layers.empty(),
+      "{}: no layer behind a router with packed weights, expected a hybrid of `convert "
+      "--recipe low-rank` with experts in BF16, Q8_0, Q4_0 or Q4_1, and "
+      "--activations q16 on a machine with AVX-512",
+      options.model);
   const kernels::PathConstants constants = measure_path_constants(runtime.context, layers);
   store_path_constants(runtime.context, layers, constants);
 

@@ -64,8 +64,10 @@ void check_pair(const models::Transformer& dense, const models::Transformer& hyb
   const auto path = [](const models::Transformer& model) {
     return model.checkpoint().file->path().string();
   };
-  require<InputError>(largest_factor(hybrid.checkpoint()) > 0,
-                      "{}: no layer with routed experts, expected a hybrid", path(hybrid));
+  require<InputError>(
+      largest_factor(hybrid.checkpoint()) > 0,
+      "{}: no layer behind a router, expected a hybrid of `convert --recipe low-rank`",
+      path(hybrid));
   require<InputError>(largest_factor(dense.checkpoint()) == 0,
                       "{}: a hybrid, expected the dense model", path(dense));
   const models::ModelConfig& a = dense.config();

@@ -6,9 +6,14 @@ namespace moesaic::cuda {
 
 void use_device(int index) {
   int n = 0;
-  check(cudaGetDeviceCount(&n), "GPU");
-  require<DeviceError>(index >= 0 && index < n, "cuda:{}: {} GPUs found, expected one of 0 to {}",
-                       index, n, n - 1);
+  const cudaError_t status = cudaGetDeviceCount(&n);
+  require<DeviceError>(status != cudaErrorInsufficientDriver && status != cudaErrorNoDevice,
+                       "cuda:{}: no GPU, or no driver for CUDA {}, found: {}", index,
+                       CUDART_VERSION / 1000, cudaGetErrorString(status));
+  check(status, "GPU");
+  require<DeviceError>(index >= 0 && index < n, "cuda:{}: {} found, expected cuda:0{}", index,
+                       n == 1 ? "1 GPU" : fmt::format("{} GPUs", n),
+                       n == 1 ? "" : fmt::format(" to cuda:{}", n - 1));
   int major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "GPU");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "GPU");

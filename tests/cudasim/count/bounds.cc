@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
 #include "tests/cudasim/base.h"
 
@@ -31,15 +32,25 @@ Bound bound_of(const CountedWork& work, const Gpu& gpu) {
                            [](const Bound& a, const Bound& b) { return a.seconds < b.seconds; });
 }
 
-std::string bounds_table(const std::string& file) {
-  std::ifstream in(file);
-  if (!in) fail("{}: cannot read", file);
-  nlohmann::json counters;
-  try {
-    counters = nlohmann::json::parse(in);
-  } catch (const nlohmann::json::exception& e) {
-    fail("{}: {}", file, e.what());
+namespace {
+
+// A kernel's name without its parameters, result and unnamed namespaces.
+std::string short_name(std::string name) {
+  for (const std::string_view part : {"(anonymous namespace)::", "void "}) {
+    for (auto at = name.find(part); at != std::string::npos; at = name.find(part)) {
+      name.erase(at, part.size());
+    }
   }
+  int depth = 0;  // of template arguments, which may hold parentheses
+  for (std::size_t i = 0; i < name.size(); ++i) {
+    if (name[i] == '<') ++depth;
+    if (name[i] == '>') --depth;
+    if (name[i] == '(' && depth == 0) return name.substr(0, i);
+  }
+  return name;
+}
+
+std::string table_of(const nlohmann::json& counters) {
   std::string table =
       "Lower bounds from counted work, all launches of a kernel together; no launch "
       "overhead, no latency.\n\n| kernel | launches |";
@@ -57,9 +68,7 @@ std::string bounds_table(const std::string& file) {
     work.tensor_flops = k.at("mma_flops").get<double>();
     work.warp_instructions = k.at("warp_instructions").get<double>();
     work.shared_wavefronts = k.at("shared_wavefronts").get<double>();
-    std::string name = k.at("name");
-    name = name.substr(0, name.find('('));
-    table += fmt::format("| `{}` | {} |", name, k.at("launches").get<u64>());
+    table += fmt::format("| `{}` | {} |", short_name(k.at("name")), k.at("launches").get<u64>());
     for (std::size_t g = 0; g < std::size(kGpus); ++g) {
       const Bound b = bound_of(work, kGpus[g]);
       total[g] += b.seconds;
@@ -70,6 +79,18 @@ std::string bounds_table(const std::string& file) {
   table += "| **all** | |";
   for (const double t : total) table += fmt::format(" **{}** |", microseconds(t));
   return table + "\n";
+}
+
+}  // namespace
+
+std::string bounds_table(const std::string& file) {
+  std::ifstream in(file);
+  if (!in) fail("{}: cannot read", file);
+  try {
+    return table_of(nlohmann::json::parse(in));
+  } catch (const nlohmann::json::exception& e) {
+    fail("{}: expected counters of `cudasim run --counters`: {}", file, e.what());
+  }
 }
 
 }  // namespace cudasim

@@ -86,5 +86,31 @@ TEST(Bounds, TheSlowestResourceDecides) {
   EXPECT_STREQ(bound_of({0, 0, 8, 60}, gpu).by, "shared");
 }
 
+TEST(Bounds, TableNamesKernelsAndFiles) {
+  const std::string path = testing::TempDir() + "bounds.json";
+  const auto table_of = [&](const std::string& text) {
+    std::ofstream(path) << text;
+    return bounds_table(path);
+  };
+  const nlohmann::json kernel = {
+      {"name", "void a::b::(anonymous namespace)::dot_kernel<a::Q4, (int)8>(float*, long)"},
+      {"launches", 3},
+      {"unique_read_bytes", 300},
+      {"unique_written_bytes", 0},
+      {"mma_flops", 0},
+      {"warp_instructions", 1},
+      {"shared_wavefronts", 0}};
+  const std::string table = table_of(nlohmann::json({{"kernels", {kernel}}}).dump());
+  EXPECT_NE(table.find("| `a::b::dot_kernel<a::Q4, (int)8>` | 3 |"), std::string::npos) << table;
+  for (const char* text : {"", "[]", "{}", R"({"kernels": [{}]})"}) {
+    try {
+      table_of(text);
+      ADD_FAILURE() << text;
+    } catch (const std::exception& e) {
+      EXPECT_NE(std::string(e.what()).find(path), std::string::npos) << e.what();
+    }
+  }
+}
+
 }  // namespace
 }  // namespace cudasim::test
