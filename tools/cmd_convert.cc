@@ -127,6 +127,16 @@ std::optional<std::vector<int>> parse_layers(const std::string& text) {
   }
 }
 
+// Whether an interrupted conversion left more than what it was and how long it took.
+bool holds_results(const std::filesystem::path& state) {
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(state, error)) {
+    const std::filesystem::path name = entry.path().filename();
+    if (name != "job.json" && name != "time.json") return true;
+  }
+  return false;
+}
+
 void convert(Options& options) {
   converter::ConvertOptions& convert = options.convert;
   convert.model = options.model;
@@ -151,11 +161,11 @@ void convert(Options& options) {
   } catch (const Interrupted&) {
     const std::filesystem::path state = with_suffix(convert.output, ".state");
     throw Interrupted(
-        std::filesystem::exists(state)
+        holds_results(state)
             ? fmt::format("interrupted: what was finished is kept in {}; the same command with "
                           "--resume goes on from there",
                           state.string())
-            : "interrupted: nothing was finished yet, nothing is kept");
+            : "interrupted: nothing was finished yet, the same command begins anew");
   }
 }
 
