@@ -12,8 +12,8 @@
 #include "converter/cuda/student.h"
 #include "converter/start.h"
 #include "kernels/base/error.h"
+#include "tests/converter/cuda/on_arrays.h"
 #include "tests/converter/layer_case.h"
-#include "tests/kernels/cuda/device.h"
 #include "tests/kernels/support.h"
 
 namespace moesaic::converter {
@@ -58,16 +58,7 @@ double distance(std::span<const float> a, std::span<const float> b) {
   return std::sqrt(square);
 }
 
-class CudaDistill : public cuda::OnDevice, public testing::WithParamInterface<StudentCase> {
- protected:
-  std::vector<float> host(std::span<const float> device) {
-    std::vector<float> values(device.size());
-    cuda::copy_bytes_out(values.data(), reinterpret_cast<const std::byte*>(device.data()),
-                         device.size_bytes(), stream);
-    stream.synchronize();
-    return values;
-  }
-};
+class CudaDistill : public OnArrays, public testing::WithParamInterface<StudentCase> {};
 
 // Both sum the same float32 products in other orders: errors of a sum of n terms are within n ε of
 // the terms' magnitudes, typically √n ε; 200 ε covers all sums here, which have up to 300 terms.
@@ -94,7 +85,7 @@ TEST_P(CudaDistill, LossAndGradientsEqualTheCpus) {
   EXPECT_NEAR(found_losses[1], expected.auxiliary_loss, 200 * kEps * expected.auxiliary_loss);
   const StudentTensors gradients = tensors(expected);
   for (std::size_t i = 0; i < kStudentTensors; ++i) {
-    const auto found = host(student.tensors()[i].gradient);
+    const auto found = host<float>(student.tensors()[i].gradient);
     ASSERT_EQ(found.size(), gradients[i].size()) << i;
     EXPECT_LE(distance(found, gradients[i]), 200 * kEps * norm(gradients[i])) << "tensor " << i;
   }
@@ -105,7 +96,8 @@ TEST_P(CudaDistill, LossAndGradientsEqualTheCpus) {
   for (std::size_t i = 0; i < kStudentTensors; ++i) {
     std::vector<float> twice(gradients[i].begin(), gradients[i].end());
     for (float& v : twice) v *= 2;
-    EXPECT_LE(distance(host(student.tensors()[i].gradient), twice), 200 * kEps * norm(twice)) << i;
+    EXPECT_LE(distance(host<float>(student.tensors()[i].gradient), twice), 200 * kEps * norm(twice))
+        << i;
   }
 }
 

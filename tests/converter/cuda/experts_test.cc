@@ -11,39 +11,13 @@
 #include "kernels/base/error.h"
 #include "kernels/cuda/training/gated_mlp.h"
 #include "kernels/quant.h"
-#include "tests/kernels/cuda/device.h"
+#include "tests/converter/cuda/on_arrays.h"
 #include "tests/kernels/support.h"
 
 namespace moesaic::converter {
 namespace {
 
-using Bits = std::vector<std::uint16_t>;
-
-constexpr double kBf16Eps = 1.0 / 256;  // between two neighbours, relative
-
-class CudaExperts : public cuda::OnDevice {
- protected:
-  template <class T>
-  cuda::DeviceBuffer<T> put(const std::vector<T>& v) {
-    return cuda::on_device(v, stream);
-  }
-  template <class T>
-  std::vector<T> get(const cuda::DeviceBuffer<T>& b) {
-    return cuda::on_host(b, stream);
-  }
-  template <class T>
-  static MatrixView<T> all(const cuda::DeviceBuffer<T>& b, std::int64_t rows, std::int64_t cols) {
-    return {b.data(), rows, cols};
-  }
-};
-
-double value_of(std::uint16_t bits) { return kernels::bf16_to_f32(bits); }
-
-Bits rounded(const std::vector<float>& v) {
-  Bits bits(v.size());
-  to_operand(v.data(), std::ssize(v), bits.data());
-  return bits;
-}
+class CudaExperts : public OnArrays {};
 
 TEST_F(CudaExperts, ChoiceIsTheHosts) {
   for (const std::int64_t n : {1, 31, 300}) {

@@ -10,10 +10,11 @@
 #include "converter/recovery/trainer.h"
 #include "kernels/base/error.h"
 #include "models/gguf.h"
+#include "tests/converter/cuda/on_arrays.h"
 #include "tests/converter/recovery/gradient_check.h"
 #include "tests/converter/recovery/self_routed_model.h"
+#include "tests/converter/relative_difference.h"
 #include "tests/converter/scratch_folder.h"
-#include "tests/kernels/cuda/device.h"
 #include "tests/models/tiny_model.h"
 
 namespace moesaic::converter {
@@ -45,26 +46,7 @@ void PrintTo(const HybridCase& c, std::ostream* out) { *out << c.name; }
 constexpr std::int64_t kContext = 8;
 constexpr std::int64_t kRows = 3 * kContext;
 
-class CudaHybridTest : public cuda::OnDevice, public testing::WithParamInterface<HybridCase> {
- protected:
-  template <class T>
-  std::vector<T> host(std::span<const T> device) {
-    std::vector<T> values(device.size());
-    cuda::copy_bytes_out(values.data(), reinterpret_cast<const std::byte*>(device.data()),
-                         device.size_bytes(), stream);
-    stream.synchronize();
-    return values;
-  }
-};
-
-double relative_difference(std::span<const float> a, std::span<const float> b) {
-  double difference = 0, square = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference += (a[i] - b[i]) * (a[i] - b[i]);
-    square += b[i] * b[i];
-  }
-  return std::sqrt(difference / square);
-}
+class CudaHybridTest : public OnArrays, public testing::WithParamInterface<HybridCase> {};
 
 // Both sides round the same operands to bfloat16; sums differ in their last bits, which now and
 // then moves an operand to its neighbour, 2⁻⁸ away.

@@ -13,6 +13,7 @@
 #include "converter/sensitivity.h"
 #include "kernels/base/error.h"
 #include "tests/converter/recovery/self_routed_model.h"
+#include "tests/converter/relative_difference.h"
 #include "tests/kernels/cuda/device.h"
 #include "tests/models/tiny_model.h"
 
@@ -24,15 +25,6 @@ using models::TinyOptions;
 
 constexpr std::int64_t kContext = 8;
 constexpr std::int64_t kRows = 3 * kContext;  // of a pass
-
-double relative_difference(std::span<const float> a, std::span<const float> b) {
-  double difference = 0, square = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference += (a[i] - b[i]) * (a[i] - b[i]);
-    square += b[i] * b[i];
-  }
-  return std::sqrt(difference / square);
-}
 
 // One model on both sides.
 struct Both {

@@ -10,6 +10,7 @@
 #include "kernels/quant.h"
 #include "tests/converter/recovery/gradient_check.h"
 #include "tests/converter/recovery/self_routed_model.h"
+#include "tests/converter/relative_difference.h"
 #include "tests/models/tiny_model.h"
 
 namespace moesaic::converter {
@@ -168,15 +169,6 @@ std::vector<float> runtime_hidden(const std::shared_ptr<const models::Checkpoint
     out.insert(out.end(), r.begin(), r.end());
   }
   return out;
-}
-
-double relative_difference(std::span<const float> a, std::span<const float> b) {
-  double difference = 0, square = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    difference += (a[i] - b[i]) * (a[i] - b[i]);
-    square += b[i] * b[i];
-  }
-  return std::sqrt(difference / square);
 }
 
 TEST_P(RecoveryHybrid, ForwardInFloat32EqualsTheRuntime) {
