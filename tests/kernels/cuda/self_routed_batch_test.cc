@@ -2,6 +2,7 @@
 #include "kernels/cuda/base/blas.h"
 #include "kernels/cuda/self_routed.h"
 #include "tests/kernels/cuda/device_self_routed.h"
+#include "tests/kernels/cuda/self_routed_checks.h"
 #include "tests/reference/self_routed.h"
 
 namespace moesaic::cuda {
@@ -126,37 +127,11 @@ TEST_F(SelfRoutedBatch, ThresholdsThatKeepAllOrNothing) {
 
 // What is compared with a threshold is not rounded: x and a u in float32.
 TEST_F(SelfRoutedBatch, TiesAreKeptBeforeRounding) {
-  for (const bool above : {false, true}) {
-    Layer host = layer({.gate = DType::F32, .up = DType::F32, .down = DType::F32});
-    const auto next = [&](float v) { return above ? std::nextafter(v, kInf) : v; };
-    std::ranges::fill(host.gate_threshold, 0.0f);
-    std::ranges::fill(host.hidden_threshold, 0.0f);
-    const std::vector<float> x = normal_values(192, 7);
-    for (std::size_t j = 0; j < 192; ++j) host.input_threshold[j] = next(std::fabs(x[j]));
-    const auto y = run(host, x);
-    EXPECT_EQ(std::ranges::all_of(y, [](float v) { return v == 0; }), above);
-  }
+  expect_ties_kept([&](const Layer& l, const std::vector<float>& x) { return run(l, x); });
 }
 
 TEST_F(SelfRoutedBatch, WhatIsNotANumberStaysInItsToken) {
-  for (const bool up_by_input : {false, true}) {
-    for (const DType dtype : {DType::Q4_1, DType::BF16, DType::Q5_1}) {
-      const Layer host =
-          layer({.gate = dtype, .up = dtype, .down = dtype, .up_by_input = up_by_input});
-      const std::vector<float> good = normal_values(3 * 192, 7);
-      std::vector<float> x = good, zeroed = good;
-      x[192 + 40] = kNan;
-      zeroed[192 + 40] = 0;
-      const auto found = run(host, x), clean = run(host, good), without = run(host, zeroed);
-      for (std::size_t i = 0; i < x.size(); ++i) {
-        if (i / 192 != 1) {
-          EXPECT_EQ(found[i], clean[i]);
-        } else {  // NaN is no large input; a neuron whose up sum is NaN is not kept
-          EXPECT_EQ(found[i], up_by_input ? without[i] : 0.0f);
-        }
-      }
-    }
-  }
+  expect_nan_stays([&](const Layer& l, const std::vector<float>& x) { return run(l, x); });
 }
 
 TEST_F(SelfRoutedBatch, NamesTheShapes) {

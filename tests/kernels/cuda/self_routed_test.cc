@@ -2,6 +2,7 @@
 
 #include "kernels/base/error.h"
 #include "tests/kernels/cuda/device_self_routed.h"
+#include "tests/kernels/cuda/self_routed_checks.h"
 #include "tests/reference/self_routed.h"
 
 namespace moesaic::cuda {
@@ -133,38 +134,15 @@ TEST_F(SelfRouted, ZeroThresholdsKeepAllInfiniteOnesNothing) {
 
 // Values that every product gives exactly: what equals its threshold is kept.
 TEST_F(SelfRouted, TiesAreKept) {
-  for (const bool above : {false, true}) {
-    Layer host(plain({.gate = DType::F32, .up = DType::F32, .down = DType::F32}));
-    const auto next = [&](float v) { return above ? std::nextafter(v, kInf) : v; };
-    std::ranges::fill(host.gate_threshold, 0.0f);
-    std::ranges::fill(host.hidden_threshold, 0.0f);
-    const std::vector<float> x = normal_values(192, 7);
-    for (std::size_t j = 0; j < 192; ++j) host.input_threshold[j] = next(std::fabs(x[j]));
-    const auto y = run(DeviceSelfRouted(host.view, stream), x);
-    EXPECT_EQ(std::ranges::all_of(y, [](float v) { return v == 0; }), above);
-  }
+  expect_ties_kept([&](const Layer& l, const std::vector<float>& x) {
+    return run(DeviceSelfRouted(l.view, stream), x);
+  });
 }
 
 TEST_F(SelfRouted, WhatIsNotANumberStaysInItsToken) {
-  for (const bool up_by_input : {false, true}) {
-    for (const DType dtype : {DType::Q4_1, DType::BF16, DType::Q5_1}) {
-      const Layer host(
-          plain({.gate = dtype, .up = dtype, .down = dtype, .up_by_input = up_by_input}));
-      const DeviceSelfRouted layer(host.view, stream);
-      const std::vector<float> good = normal_values(3 * 192, 7);
-      std::vector<float> x = good, zeroed = good;
-      x[192 + 40] = kNan;
-      zeroed[192 + 40] = 0;
-      const auto found = run(layer, x), clean = run(layer, good), without = run(layer, zeroed);
-      for (std::size_t i = 0; i < x.size(); ++i) {
-        if (i / 192 != 1) {
-          EXPECT_EQ(found[i], clean[i]);
-        } else {  // NaN is no large input; a neuron whose up sum is NaN is not kept
-          EXPECT_EQ(found[i], up_by_input ? without[i] : 0.0f);
-        }
-      }
-    }
-  }
+  expect_nan_stays([&](const Layer& l, const std::vector<float>& x) {
+    return run(DeviceSelfRouted(l.view, stream), x);
+  });
 }
 
 TEST_F(SelfRouted, RepeatsBitForBitWithTheSameWorkspace) {
